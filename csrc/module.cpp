@@ -1,0 +1,39 @@
+// realm_fast._native: the one extension module. Each kernel binds itself in csrc/<stem>/<stem>_bind.cpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "core/cpu.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of realm_fast. Private: use the functions of realm_fast.";
+  m.def("detected_cpu_features", [] {
+    const auto f = realm_fast::detected_cpu_features();
+    py::dict d;
+    d["avx2"] = f.avx2;
+    d["avx512"] = f.avx512;
+    d["avx512bf16"] = f.avx512bf16;
+    d["avx512vnni"] = f.avx512vnni;
+    return d;
+  });
+  m.def("available_cpu_levels", &realm_fast::available_cpu_levels);
+  m.def("force_cpu_level", &realm_fast::force_cpu_level, py::arg("level"));
+  m.def("build_info", [] {
+    py::dict d;
+    d["compiler"] = __VERSION__;
+#ifdef REALM_FAST_WITH_CUDA
+    d["cuda"] = true;
+    d["cuda_archs"] = REALM_FAST_CUDA_ARCHS;
+#else
+    d["cuda"] = false;
+    d["cuda_archs"] = "";
+#endif
+#ifdef NDEBUG
+    d["debug"] = false;
+#else
+    d["debug"] = true;
+#endif
+    return d;
+  });
+}

@@ -1,0 +1,8 @@
+"""realm_fast: REALM-style retrieval-augmented pre-training, made cheap."""
+
+from realm_fast.build import build_info, cpu_features
+from realm_fast.types import NO_BLOCK, TopK
+
+__version__ = "0.1.0"
+
+__all__ = ["NO_BLOCK", "TopK", "build_info", "cpu_features"]

@@ -1,0 +1,1 @@
+"""The ops: for each stem its reference, dispatch, autograd and public function."""
