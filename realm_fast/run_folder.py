@@ -1,0 +1,206 @@
+"""One run, one folder: where each artifact of a run lies, and who may write there.
+
+RUN/config.json            the resolved configuration
+RUN/run.json               which corpus and tokenizer the run belongs to
+RUN/stages.jsonl           one line a finished stage: time, memory, command
+RUN/pretrain/              metrics.jsonl, evaluations.jsonl, illustrations.json, checkpoints/, snapshots/, tensorboard/
+RUN/finetune/              metrics.jsonl, checkpoints/, tensorboard/
+RUN/evaluate/              results.json, predictions.jsonl
+RUN/report.html
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from realm_fast.config import Config
+from realm_fast.errors import DataError, ProvenanceError, UserError
+from realm_fast.files import read_json, remove_staging, write_json
+from realm_fast.token_store import TokenStore
+
+FORMAT_VERSION = 1
+
+
+class RunFolder:
+    """An existing run. `RunFolder.create` makes one; `RunFolder.open_or_create` does what is needed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise DataError(
+                f"{self.path}: no such run folder. `realm-fast pretrain --run {self.path}` makes one."
+            )
+        if not self.manifest_path.is_file():
+            raise DataError(f"{self.path}: not a run folder (run.json is missing).")
+        self.manifest: dict[str, Any] = read_json(self.manifest_path, "the run's manifest")
+        if self.manifest.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{self.manifest_path}: run format {self.manifest.get('format_version')!r}; "
+                f"this version of realm_fast reads format {FORMAT_VERSION}."
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config, store: TokenStore) -> "RunFolder":
+        import realm_fast
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", config.to_dict())
+        write_json(
+            path / "run.json",
+            {
+                "format_version": FORMAT_VERSION,
+                "corpus": str(store.path.resolve()),
+                "corpus_hash": store.corpus_hash,
+                "tokenizer_hash": store.tokenizer_hash,
+                "realm_fast": realm_fast.__version__,
+                "created": now_iso(),
+                "machine": describe_machine(),
+            },
+        )
+        return cls(path)
+
+    @classmethod
+    def open_or_create(cls, path: str | Path, config: Config, store: TokenStore) -> "RunFolder":
+        """Opens the run if it exists and belongs to `store`; otherwise creates it."""
+        if (Path(path) / "run.json").exists():
+            run = cls(path)
+            run.check_store(store)
+            write_json(run.path / "config.json", config.to_dict())
+            return run
+        return cls.create(path, config, store)
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def pretrain_dir(self) -> Path:
+        return self.path / "pretrain"
+
+    @property
+    def finetune_dir(self) -> Path:
+        return self.path / "finetune"
+
+    @property
+    def evaluate_dir(self) -> Path:
+        return self.path / "evaluate"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def stages_path(self) -> Path:
+        return self.path / "stages.jsonl"
+
+    def config(self) -> Config:
+        where = self.path / "config.json"
+        return Config.from_dict(read_json(where, "the run's configuration"), where=str(where))
+
+    def store(self) -> TokenStore:
+        """The token store the run was made from; refused if it has changed since."""
+        store = TokenStore.open(self.manifest["corpus"])
+        self.check_store(store)
+        return store
+
+    def check_store(self, store: TokenStore) -> None:
+        if store.corpus_hash != self.manifest["corpus_hash"]:
+            raise ProvenanceError(
+                f"run {self.path} belongs to corpus {self.manifest['corpus_hash'][:16]} "
+                f"({self.manifest['corpus']}), but {store.path} holds corpus {store.corpus_hash[:16]}. "
+                "Give the run its own corpus, or start a new run folder."
+            )
+
+    @contextlib.contextmanager
+    def lock(self, purpose: str) -> Iterator[None]:
+        """Keeps a second writer out of the run. The lock dies with the process that holds it."""
+        lock_path = self.path / f".lock-{purpose}"
+        with open(lock_path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path}: another process ({file.read().strip() or 'unknown'}) is at work on its "
+                    f"{purpose}. Wait for it, or stop it first."
+                ) from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Times a stage and, when it ends well, adds its line to stages.jsonl.
+
+        Yields a dictionary for details worth keeping (counts, rates).
+        """
+        details: dict[str, Any] = {}
+        started, begin = now_iso(), time.monotonic()
+        yield details
+        self.record_stage(name, started=started, seconds=time.monotonic() - begin, details=details)
+
+    def record_stage(self, name: str, *, started: str, seconds: float, details: dict[str, Any]) -> None:
+        record = {
+            "stage": name,
+            "seconds": round(seconds, 3),
+            "started": started,
+            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "details": details,
+        }
+        with open(self.stages_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def clean(self) -> None:
+        """Removes what killed processes left unfinished."""
+        for folder in (
+            self.path, self.pretrain_dir, self.pretrain_dir / "checkpoints", self.pretrain_dir / "snapshots",
+            self.finetune_dir, self.finetune_dir / "checkpoints", self.evaluate_dir,
+        ):  # fmt: skip
+            if folder.is_dir():
+                remove_staging(folder)
+
+
+def now_iso() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process or of any child it has waited for."""
+    usage = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return usage * 1024
+
+
+def describe_machine() -> dict[str, Any]:
+    import torch
+
+    from realm_fast.build import build_info, cpu_features
+
+    cpu = "unknown"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    features = cpu_features()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "cpu_levels": features["levels"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "native": build_info(),
+    }
