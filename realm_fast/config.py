@@ -191,8 +191,10 @@ class Config:
         return _build(cls, values, where, "")
 
 
-def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
-    """Defaults, then the file (TOML, or a run's config.json), then each `section.name=value` in turn.
+def load_config(
+    path: str | Path | None = None, overrides: typing.Sequence[str] = (), *, base: Config | None = None
+) -> Config:
+    """`base` (or the defaults), then the file (TOML, or a run's config.json), then each `section.name=value`.
 
     Raises:
         ConfigError: the file is missing or malformed, or a setting is unknown, mistyped or out of range.
@@ -208,8 +210,10 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
             raise ConfigError(f"{path}: the configuration file does not exist.") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{path}: not a readable TOML file: {error}") from error
-    config = Config.from_dict(values, where=where)
-    return apply_overrides(config, overrides)
+    if base is not None:
+        Config.from_dict(values, where=where)  # names the file in errors about what the file says
+        values = _merge(base.to_dict(), values)
+    return apply_overrides(Config.from_dict(values, where=where), overrides)
 
 
 def apply_overrides(config: Config, overrides: typing.Sequence[str]) -> Config:
@@ -242,6 +246,13 @@ def describe_settings() -> list[tuple[str, str, Any, str]]:
     return rows
 
 
+def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in values.items():
+        merged[name] = _merge(base[name], value) if isinstance(value, dict) else value
+    return merged
+
+
 def _build(cls: type, values: Any, where: str, prefix: str) -> Any:
     if not isinstance(values, dict):
         raise ConfigError(
@@ -271,7 +282,7 @@ def _check(value: Any, f: dataclasses.Field, where: str, name: str) -> Any:
     if not isinstance(value, typing.cast(type, kind)) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{where}: {name}: expected {_type_name(kind)}, got {value!r}")
     low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float):
         if value != value or (low is not None and value < low) or (high is not None and value > high):
             bounds = " and ".join(
                 ([f">= {low}"] if low is not None else []) + ([f"<= {high}"] if high is not None else [])
