@@ -130,7 +130,7 @@ def check_loss(loss: torch.Tensor, step: int, optimizer: torch.optim.Optimizer |
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float, step: int) -> float:
-    """Scales all gradients to a global L2 norm of at most `max_norm` (0: leaves them); returns the norm before.
+    """Scales gradients to a global L2 norm of at most `max_norm` (0: leaves them); returns the norm before.
 
     Raises:
         TrainingDivergedError: the norm is NaN or infinite; names the step and the first parameter group
