@@ -1,1 +1,1 @@
-"""Benchmarks: each beside the machine's limit and its best-tuned peers. Installed as `realm_fast.benchmarks`."""
+"""Each kernel beside the machine's limit and its best-tuned peers. Installed as `realm_fast.benchmarks`."""

@@ -1,4 +1,4 @@
-"""The command line: `realm-fast corpus|index|search|pretrain|finetune|evaluate|ask|explain|report|demo|bench|info`.
+"""The command line, `realm-fast COMMAND`.
 
 Each command parses here and works elsewhere; heavy modules are imported by the command that needs them, so
 that `realm-fast --help` is instant. Exit codes: 0 done, 1 the work failed, 2 something given is wrong,
@@ -52,7 +52,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train REALM-style models: a retriever and a masked language model learned jointly, "
         "through an exact search over an index that is refreshed while training runs.",
         epilog="A whole run: realm-fast corpus build --out CORPUS; realm-fast pretrain RUN --corpus CORPUS; "
-        "realm-fast finetune RUN; realm-fast evaluate RUN; realm-fast report RUN; realm-fast ask RUN QUESTION. "
+        "realm-fast finetune RUN; "
+        "realm-fast evaluate RUN; realm-fast report RUN; realm-fast ask RUN QUESTION. "
         "`realm-fast COMMAND --help` explains each; `realm-fast info --settings` lists every setting.",
     )
     common = argparse.ArgumentParser(add_help=False)
@@ -117,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--embedder",
         metavar="FOLDER",
-        help="a saved embedder (RUN/pretrain/checkpoints/step-…/embedder); default: a new one by the settings",
+        help="a saved embedder (RUN/pretrain/checkpoints/step-…/embedder); default: one made by the settings",
     )
     sub.add_argument(
         "--out", required=True, metavar="INDEX", help="folder for the index and the embedder that made it"

@@ -282,12 +282,15 @@ def _check(value: Any, f: dataclasses.Field, where: str, name: str) -> Any:
     if not isinstance(value, typing.cast(type, kind)) or (kind is not bool and isinstance(value, bool)):
         raise ConfigError(f"{where}: {name}: expected {_type_name(kind)}, got {value!r}")
     low, high = f.metadata.get("minimum"), f.metadata.get("maximum")
-    if isinstance(value, int | float):
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
-            bounds = " and ".join(
-                ([f">= {low}"] if low is not None else []) + ([f"<= {high}"] if high is not None else [])
-            )
-            raise ConfigError(f"{where}: {name}: expected a value {bounds}, got {value}")
+    too_low, too_high = (
+        low is not None and not value >= low,
+        high is not None and not value <= high,
+    )  # NaN: both
+    if too_low or too_high:
+        bounds = " and ".join(
+            ([f">= {low}"] if low is not None else []) + ([f"<= {high}"] if high is not None else [])
+        )
+        raise ConfigError(f"{where}: {name}: expected a value {bounds}, got {value}")
     return value
 
 

@@ -12,6 +12,7 @@ All of them publish through realm_fast.snapshot. Weights that arrive while a ref
 the newest are kept, since an index of older ones would be stale before it was done.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -28,7 +29,7 @@ from typing import Protocol
 
 from realm_fast.config import IndexConfig, RefreshConfig
 from realm_fast.embedder import Embedder
-from realm_fast.snapshot import IndexSnapshot, list_snapshots, open_snapshot, snapshot_name, write_snapshot
+from realm_fast.snapshot import IndexSnapshot, open_snapshot, snapshot_name, write_snapshot
 from realm_fast.token_store import TokenStore
 
 RESTART_BACK_OFF_S = 0.5  # doubled after each restart in a row
@@ -255,10 +256,8 @@ class ProcessRefresher:
     def close(self) -> None:
         self._given_up = True
         if self._child.stdin is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._child.stdin.close()
-            except BrokenPipeError:
-                pass
         try:
             self._child.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -11,7 +11,8 @@ It is written under another name, synced to disk and renamed, so that a reader m
 import contextlib
 import re
 import shutil
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,15 +81,13 @@ def write_snapshot(
     token_budget: int,
     precision: str = "float32",
     progress: bool = False,
-    should_stop: "StopFunction | None" = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Path:
     """Embeds every block and publishes the index as `folder`/step-XXXXXXXX.
 
     A complete snapshot of the same step, encoder and corpus is left as it is; one of that step from other
     weights (a future that was rolled back) is replaced.
     """
-    import time
-
     path = folder / snapshot_name(step)
     provenance = Provenance(encoder_hash=embedder.hash(), corpus_hash=store.corpus_hash, step=step)
     if path.is_dir():
