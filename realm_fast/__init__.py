@@ -1,8 +1,19 @@
 """realm_fast: REALM-style retrieval-augmented pre-training, made cheap."""
 
 from realm_fast.build import build_info, cpu_features
+from realm_fast.index import FaissIndex, MipsIndex, Provenance
+from realm_fast.ops.mips_topk import mips_topk
 from realm_fast.types import NO_BLOCK, TopK
 
 __version__ = "0.1.0"
 
-__all__ = ["NO_BLOCK", "TopK", "build_info", "cpu_features"]
+__all__ = [
+    "NO_BLOCK",
+    "FaissIndex",
+    "MipsIndex",
+    "Provenance",
+    "TopK",
+    "build_info",
+    "cpu_features",
+    "mips_topk",
+]
