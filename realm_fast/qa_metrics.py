@@ -9,8 +9,8 @@ text beyond ASCII. Unicode composition is normalised first, so that two spelling
 and an accent never turns a letter into an article. Punctuation is every Unicode punctuation mark. An answer
 that consists of nothing else ("The The", "!!!") is kept instead of becoming empty and equal to its like.
 
-A regular expression must match the whole prediction, ignoring case. DrQA, where the TREC patterns come from, has
-`re.match`, which takes any prediction that *begins* with the pattern; the full match is the stricter reading.
+A regular expression must match the whole prediction, ignoring case. DrQA, where the TREC patterns come from,
+has `re.match`, which takes any prediction that *begins* with the pattern; the full match is stricter.
 """
 
 import functools
