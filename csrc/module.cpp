@@ -6,6 +6,10 @@
 
 namespace py = pybind11;
 
+namespace realm_fast {
+void bind_marginal_lse(py::module_& m);
+}  // namespace realm_fast
+
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of realm_fast. Private: use the functions of realm_fast.";
   m.def("detected_cpu_features", [] {
@@ -36,4 +40,5 @@ PYBIND11_MODULE(_native, m) {
 #endif
     return d;
   });
+  realm_fast::bind_marginal_lse(m);
 }
