@@ -19,7 +19,7 @@ LAYERS = [
     ["config", "metrics", "ops"],
     ["packaged", "tokenizer", "sentences", "token_store"],
     ["corpus", "masking", "questions", "packing"],
-    ["encoder", "objective", "optim"],
+    ["encoder", "model_files", "objective", "optim"],
     ["embedder", "reader", "index"],
     ["embedding", "retriever", "checkpoint"],
     ["snapshot", "model", "run_folder"],

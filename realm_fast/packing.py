@@ -1,0 +1,231 @@
+"""From token ids to the inputs of the models: special tokens, segments, padding, and grouping by length.
+
+    query, for the embedder     [CLS] tokens [SEP]                   segments 0 ... 0
+    block, for the embedder     [CLS] title [SEP] body [SEP]         segments 0 ... 0 1 ... 1
+    null block                  [CLS] [SEP] [SEP]                    segments 0 0 1
+    joint, for the reader       [CLS] tokens [SEP] body [SEP]        segments 0 ... 0 1 ... 1
+    joint with the null block   [CLS] tokens [SEP] [SEP]             segments 0 ... 0 1
+
+Everything here is pure; nothing knows a model. `T` is the number of tokens of a row, padding included.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from realm_fast.errors import DataError
+
+# What one more forward call costs, in tokens of padding it must save. About 2 ms of launch and Python
+# overhead against some 1e5 to 1e6 tokens/s; buckets and packs of short rows depend on it only weakly.
+CALL_OVERHEAD_TOKENS = 512
+
+NO_TOKENS = np.zeros(0, dtype=np.int32)
+
+
+class SpecialTokens(NamedTuple):
+    """The ids that frame an input."""
+
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    mask_id: int
+
+    @classmethod
+    def of(cls, tokenizer: "HasSpecialTokens") -> "SpecialTokens":
+        return cls(tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
+
+
+class HasSpecialTokens(Protocol):
+    @property
+    def cls_id(self) -> int: ...
+    @property
+    def sep_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def mask_id(self) -> int: ...
+
+
+class Row(NamedTuple):
+    """One unpadded input."""
+
+    ids: np.ndarray  # [t] int32
+    segments: np.ndarray  # [t] uint8, 0 or 1
+
+
+class TokenBatch(NamedTuple):
+    """R rows padded to one length. Rows are right-padded; `attention_mask` is True on real tokens."""
+
+    ids: torch.Tensor  # [R, T] int64
+    segments: torch.Tensor  # [R, T] int64, 0 or 1; 0 on padding
+    attention_mask: torch.Tensor  # [R, T] bool
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        return TokenBatch(*(part.to(device, non_blocking=True) for part in self))
+
+    def rows(self, index: torch.Tensor | slice) -> "TokenBatch":
+        """The chosen rows, as wide as before."""
+        return TokenBatch(*(part[index] for part in self))
+
+
+def query_input(tokens: np.ndarray, special: SpecialTokens) -> Row:
+    """`[CLS] tokens [SEP]`: the token at position i of the query stands at i + 1."""
+    return _frame(special, tokens, None)
+
+
+def block_input(title: np.ndarray, body: np.ndarray, special: SpecialTokens) -> Row:
+    """`[CLS] title [SEP] body [SEP]`."""
+    return _frame(special, title, body)
+
+
+def null_block_input(special: SpecialTokens) -> Row:
+    """`[CLS] [SEP] [SEP]`: the block with neither title nor body."""
+    return _frame(special, NO_TOKENS, NO_TOKENS)
+
+
+def joint_input(
+    query_tokens: np.ndarray,
+    body: np.ndarray,
+    max_tokens: int,
+    special: SpecialTokens,
+    *,
+    what: str = "query",
+) -> Row:
+    """`[CLS] query [SEP] body [SEP]`, the body cut at its end to fit into `max_tokens`, the query never.
+
+    Raises:
+        DataError: the query alone does not fit.
+    """
+    room = max_tokens - 3 - query_tokens.shape[0]
+    if room < 0:
+        raise DataError(
+            f"{what}: {query_tokens.shape[0]} tokens and 3 special ones do not fit into {max_tokens} tokens "
+            "(reader.max_joint_tokens)."
+        )
+    return _frame(special, query_tokens, body[:room])
+
+
+def pad_batch(
+    rows: Sequence[Row], pad_id: int, multiple_of: int = 8, max_tokens: int | None = None
+) -> TokenBatch:
+    """Stacks rows, padded to the longest, rounded up to `multiple_of` (vector and tensor-core widths).
+
+    `max_tokens`, where given, is what the model has positions for: rounding stops there.
+    """
+    lengths = row_lengths(rows)
+    longest = int(lengths.max(initial=0))
+    width = padded_length(longest, multiple_of)
+    if max_tokens is not None:
+        width = max(longest, min(width, max_tokens))
+    mask = np.arange(width) < lengths[:, None]  # [R, T]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    segments = np.zeros(mask.shape, dtype=np.int64)
+    if rows:
+        # A boolean assignment fills row by row, which is the order of the concatenation.
+        ids[mask] = np.concatenate([row.ids for row in rows])
+        segments[mask] = np.concatenate([row.segments for row in rows])
+    return TokenBatch(torch.from_numpy(ids), torch.from_numpy(segments), torch.from_numpy(mask))
+
+
+def row_lengths(rows: Sequence[Row]) -> np.ndarray:
+    """[R] int64"""
+    return np.fromiter((row.ids.shape[0] for row in rows), dtype=np.int64, count=len(rows))
+
+
+def padded_length(length: int, multiple_of: int = 8) -> int:
+    return -(-length // multiple_of) * multiple_of
+
+
+def bucket_by_length(
+    lengths: np.ndarray, *, multiple_of: int = 8, overhead_tokens: int = CALL_OVERHEAD_TOKENS
+) -> list[np.ndarray]:
+    """Groups rows of like length so that padding plus `overhead_tokens` a group is as small as can be.
+
+    Exact: over rows sorted by length a best grouping is contiguous, so dynamic programming over the distinct
+    padded lengths finds it. Rows of one group go through the model together.
+
+    Args:
+        lengths: [R] tokens of each row.
+        overhead_tokens: the cost of one more group, in tokens.
+
+    Returns:
+        Groups of row numbers, shortest rows first; inside a group rows keep their order.
+    """
+    padded = -(-np.asarray(lengths, dtype=np.int64) // multiple_of) * multiple_of
+    widths, row_width, counts = np.unique(padded, return_inverse=True, return_counts=True)
+    rows_before = np.concatenate([[0], np.cumsum(counts)])  # [W + 1]
+    best = np.zeros(len(widths) + 1)  # best[j]: cost of the j shortest widths
+    start = np.zeros(len(widths) + 1, dtype=np.int64)  # where the last group of that best grouping begins
+    for j in range(1, len(widths) + 1):
+        costs = best[:j] + (rows_before[j] - rows_before[:j]) * widths[j - 1] + overhead_tokens
+        start[j] = int(np.argmin(costs))
+        best[j] = costs[start[j]]
+    cuts = [len(widths)]
+    while cuts[-1] > 0:
+        cuts.append(int(start[cuts[-1]]))
+    cuts.reverse()
+    return [np.flatnonzero((row_width >= a) & (row_width < b)) for a, b in itertools.pairwise(cuts)]
+
+
+class PackPlan(NamedTuple):
+    """Which rows go through the model together: pack i holds `order[bounds[i]:bounds[i + 1]]`."""
+
+    order: np.ndarray  # [n] int64 row numbers, longest first
+    bounds: np.ndarray  # [packs + 1] int64
+    tokens: int  # real tokens of all rows
+    padded_tokens: int  # tokens the model will compute, padding included
+
+    @property
+    def padding_waste(self) -> float:
+        """The share of computed tokens that are padding."""
+        return 1.0 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+
+def plan_packs(lengths: np.ndarray, token_budget: int, *, multiple_of: int = 8) -> PackPlan:
+    """Length-sorted packs of at most `token_budget` tokens, padding included.
+
+    The longest come first: what does not fit into memory fails at once, and time estimates err on the safe
+    side. A row longer than the budget is a pack of its own. The order is a function of `lengths` alone.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    bounds = [0]
+    padded_tokens = 0
+    while bounds[-1] < len(order):
+        first = bounds[-1]
+        width = padded_length(int(lengths[order[first]]), multiple_of)
+        rows = min(max(1, token_budget // max(width, 1)), len(order) - first)
+        padded_tokens += rows * width
+        bounds.append(first + rows)
+    return PackPlan(order, np.array(bounds, dtype=np.int64), int(lengths.sum()), padded_tokens)
+
+
+def body_starts(batch: TokenBatch) -> torch.Tensor:
+    """[R] position of the first body token: the first of segment 1 (of a joint or block input)."""
+    return batch.segments.argmax(dim=1)
+
+
+def body_mask(batch: TokenBatch) -> torch.Tensor:
+    """[R, T] bool: True on the block body, False on query or title, special tokens and padding."""
+    lengths = batch.attention_mask.sum(dim=1, keepdim=True)  # [R, 1]
+    positions = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    return (batch.segments == 1) & (positions < lengths - 1)  # the last real token is the closing [SEP]
+
+
+def _frame(special: SpecialTokens, first: np.ndarray, second: np.ndarray | None) -> Row:
+    """`[CLS] first [SEP]`, then `second [SEP]` with segment 1 unless it is None."""
+    split = first.shape[0] + 2
+    length = split + (second.shape[0] + 1 if second is not None else 0)
+    ids = np.empty(length, dtype=np.int32)
+    ids[0] = special.cls_id
+    ids[1 : split - 1] = first
+    ids[split - 1] = special.sep_id
+    segments = np.zeros(length, dtype=np.uint8)
+    if second is not None:
+        ids[split : length - 1] = second
+        ids[length - 1] = special.sep_id
+        segments[split:] = 1
+    return Row(ids, segments)
