@@ -37,6 +37,9 @@ class CorpusConfig:
         288, "wordpieces in a block, title and special tokens included", minimum=16
     )
     limit_documents: int = setting(0, "read only this many documents (0: all)", minimum=0)
+    malformed: Literal["stop", "skip"] = setting(
+        "stop", "at a malformed line: stop and name it, or skip, count and list it in the manifest"
+    )
     num_workers: int = setting(0, "processes that tokenise (0: one a core)", minimum=0)
 
 
