@@ -29,6 +29,7 @@ from typing import Protocol
 
 from realm_fast.config import IndexConfig, RefreshConfig
 from realm_fast.embedder import Embedder
+from realm_fast.embedding import EmbeddingStopped
 from realm_fast.snapshot import IndexSnapshot, open_snapshot, snapshot_name, write_snapshot
 from realm_fast.token_store import TokenStore
 
@@ -193,7 +194,7 @@ class ThreadRefresher:
             try:
                 path = self._task.write(step, embedder, should_stop=lambda: self._closed)
                 self._ready.put(open_snapshot(path))
-            except _Stopped:
+            except EmbeddingStopped:
                 return
             except Exception as error:  # a failed refresh costs staleness, never the run
                 self.failures.append(f"refresh of step {step}: {error}")

@@ -11,14 +11,13 @@ It is written under another name, synced to disk and renamed, so that a reader m
 import contextlib
 import re
 import shutil
-import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from realm_fast.config import IndexConfig
 from realm_fast.embedder import Embedder
-from realm_fast.embedding import embed_blocks
+from realm_fast.embedding import EmbeddingStats, Precision, embed_blocks
 from realm_fast.errors import CorruptArtifactError, DataError
 from realm_fast.files import atomic_dir, read_json, sha256_file, write_json
 from realm_fast.index import FaissIndex, Index, MipsIndex, Provenance
@@ -44,6 +43,7 @@ class SnapshotManifest:
     sha256: str
     seconds: float
     blocks_per_s: float
+    padding_waste: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def write_snapshot(
     config: IndexConfig,
     *,
     token_budget: int,
-    precision: str = "float32",
+    precision: Precision = "float32",
     progress: bool = False,
     should_stop: Callable[[], bool] | None = None,
 ) -> Path:
@@ -99,16 +99,11 @@ def write_snapshot(
             ):
                 return path
         shutil.rmtree(path)
-    begin = time.monotonic()
+    stats = EmbeddingStats()
     embeddings = embed_blocks(
-        embedder,
-        store,
-        token_budget=token_budget,
-        precision=precision,
-        progress=progress,
-        should_stop=should_stop,
-    )  # [N, D]
-    seconds = time.monotonic() - begin
+        embedder, store, token_budget=token_budget, precision=precision, progress=progress,
+        should_stop=should_stop, stats=stats,
+    )  # [N, D]  # fmt: skip
     index: Index
     if config.backend == "faiss":
         index = FaissIndex.from_embeddings(embeddings, config.faiss_factory, provenance=provenance)
@@ -126,8 +121,9 @@ def write_snapshot(
             dim=embeddings.shape[1],
             bytes=(staging / INDEX_FILE).stat().st_size,
             sha256=sha256_file(staging / INDEX_FILE),
-            seconds=round(seconds, 3),
-            blocks_per_s=round(len(store) / max(seconds, 1e-9), 1),
+            seconds=round(stats.seconds, 3),
+            blocks_per_s=round(stats.blocks_per_s, 1),
+            padding_waste=round(stats.padding_waste, 4),
         )
         write_json(staging / MANIFEST_FILE, asdict(manifest))
     return path

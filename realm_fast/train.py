@@ -1,0 +1,376 @@
+"""Pre-training: the retriever and the reader learn together from masked sentences.
+
+    query (masked sentence) -> embedder -> search in the snapshot's index -> K candidates (null block in slot 0)
+    -> reader on the query with each candidate: log p(y | x, z);  fresh scores: log p(z | x)
+    -> marginal log-likelihood -> gradient into reader and embedder -> AdamW step
+    -> every refresh.every_steps the weights go to the refresher; its snapshots come back between two steps
+
+Every random choice is a function of (seed, step, rank), so a checkpoint holds no generator state, and a run
+that was killed and resumed takes the same steps (bit for bit where the refresh is inline or off).
+"""
+
+import logging
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from realm_fast.checkpoint import (
+    Checkpoint,
+    checkpoint_name,
+    checkpoint_steps,
+    clean_checkpoints,
+    identity_of,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from realm_fast.config import Config
+from realm_fast.device import resolve_device
+from realm_fast.embedder import Embedder
+from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, UserError
+from realm_fast.masking import MaskedQuery, Masker, prepare_spans
+from realm_fast.metrics import MetricsLog
+from realm_fast.model import RealmModel, realm_step
+from realm_fast.optim import (
+    build_optimizer,
+    check_loss,
+    clip_gradients,
+    pretrain_warmup_steps,
+    set_learning_rates,
+)
+from realm_fast.probe import Probe
+from realm_fast.progress import bar
+from realm_fast.reader import Reader
+from realm_fast.refresh import RefreshSchedule, RefreshTask, make_refresher
+from realm_fast.run_folder import RunFolder
+from realm_fast.signals import StopRequest, stop_on_signal
+from realm_fast.snapshot import (
+    IndexSnapshot,
+    list_snapshots,
+    open_snapshot,
+    prune_snapshots,
+    snapshot_name,
+)
+
+WAIT_POLL_S = 0.02
+log = logging.getLogger(__name__)
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of everything torch draws in one step (dropout)."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def pretrain(run: RunFolder, config: Config, *, resume: bool = False, progress: bool = False) -> None:
+    """Pre-trains `run` to config.pretrain.steps.
+
+    Args:
+        run: the run's folder; checkpoints, snapshots and metrics go below run.pretrain_dir.
+        config: the settings. On resume they must be the checkpoint's, but for those that change nothing in
+            what is computed (checkpoint.FREE_SETTINGS).
+        resume: go on from the newest checkpoint. Without it, a run that has one is refused.
+        progress: show bars on stderr.
+
+    Raises:
+        TrainingDivergedError: the loss or a gradient is not finite; the last checkpoint is intact.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
+        UserError: settings, corpus or run do not fit together.
+    """
+    with run.lock("pretrain"), stop_on_signal() as stop:
+        trainer = Pretrainer(run, config, resume=resume, progress=progress)
+        try:
+            trainer.train(stop)
+        finally:
+            trainer.close()
+
+
+@dataclass
+class Window:
+    """Sums since the last line of metrics. A checkpoint holds them, so that a resumed run logs the same."""
+
+    steps: int = 0
+    loss: float = 0.0
+    retrieval_utility: float = 0.0
+    masked_accuracy: float = 0.0
+    null_probability: float = 0.0
+    grad_norm: float = 0.0
+    step_s: float = 0.0
+    search_s: float = 0.0
+    trainer_wait_s: float = 0.0
+
+    def add(self, **values: float) -> None:
+        self.steps += 1
+        for name, value in values.items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.steps for name, value in asdict(self).items() if name != "steps"}
+
+
+class Pretrainer:
+    """The parts of one pre-training process, and the loop over them."""
+
+    def __init__(self, run: RunFolder, config: Config, *, resume: bool, progress: bool) -> None:
+        self.run, self.config, self.progress = run, config, progress
+        self.folder = run.pretrain_dir
+        self.checkpoints, self.snapshots = self.folder / "checkpoints", self.folder / "snapshots"
+        checkpoint = newest_checkpoint(self.checkpoints)
+        if checkpoint is not None and not resume:
+            raise UserError(
+                f"{run.path}: already has a checkpoint of step {checkpoint.step}. "
+                "Add --resume to go on from it, or name a new run folder."
+            )
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.clean()
+        clean_checkpoints(self.checkpoints)
+        self.store = run.store()
+        if len(self.store) < config.pretrain.num_candidates:
+            raise ConfigError(
+                f"pretrain.num_candidates: expected at most {len(self.store)}, as the corpus has so many "
+                f"blocks, got {config.pretrain.num_candidates}"
+            )
+        self.identity = identity_of(
+            config,
+            ["embedder", "reader", "index", "masking", "pretrain", "refresh"],
+            corpus_hash=self.store.corpus_hash,
+            tokenizer_hash=self.store.tokenizer_hash,
+        )
+        if checkpoint is not None:
+            checkpoint.check_identity(self.identity)
+        self.device = resolve_device(config.device)
+        with run.stage_if_needed("spans"):
+            spans = prepare_spans(self.store, config.masking, progress=progress)
+        self.masker = Masker(self.store, config.masking, config.seed, spans)
+        held_out = Masker(self.store, config.masking, config.seed, spans, split="heldout")
+
+        self.model = self._load_model(checkpoint).to(self.device)
+        trained = {"reader": (self.model.reader, config.pretrain.reader_lr)}
+        if config.pretrain.train_retriever:
+            trained["embedder"] = (self.model.embedder, config.pretrain.embedder_lr)
+        self.optimizer = build_optimizer(trained, weight_decay=config.pretrain.weight_decay)
+        self.step, self.window = 0, Window()
+        if checkpoint is not None:
+            checkpoint.load_optimizer(self.optimizer)
+            self.step = checkpoint.step
+            self.window = Window(**checkpoint.state["window"])
+            self.masker.skipped = Counter(checkpoint.state["skipped"])
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl", self.folder / "tensorboard")
+        self.metrics.truncate_after(self.step)
+
+        self.schedule = RefreshSchedule(config.refresh.every_steps)
+        self.task = RefreshTask(self.snapshots, self.store, config.index, config.refresh)
+        for later, path in list_snapshots(self.snapshots).items():
+            if later > self.step:  # of a future that was not reached again yet
+                shutil.rmtree(path)
+        self.snapshot = self._first_snapshot(checkpoint)
+        self.refresh_failures = 0
+        self.refresher = make_refresher(self.task, work_dir=self.folder / "refresher")
+        if checkpoint is not None and config.refresh.mode in ("thread", "process"):
+            self.refresher.submit(self.step, self.model.embedder)  # what was on its way when the run stopped
+        self.probe = Probe(run, config, self.model, self.store, held_out, progress=progress)
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def train(self, stop: StopRequest) -> None:
+        settings = self.config.pretrain
+        self.probe.measure("before", self.snapshot, only_if_missing=True)
+        warmup = pretrain_warmup_steps(settings.warmup_steps, settings.steps)
+        first = self.step
+        self.model.train()
+        with (
+            self.run.stage("pretrain") as details,
+            bar(
+                total=settings.steps, initial=first, desc="pretrain", unit="step", enabled=self.progress
+            ) as shown,
+        ):
+            for step in range(first + 1, settings.steps + 1):
+                begin = time.monotonic()
+                waited_s = self._wait_while_too_stale(step)
+                rates = set_learning_rates(
+                    self.optimizer, step, warmup_steps=warmup, total_steps=settings.steps
+                )
+                torch.manual_seed(step_seed(self.config.seed, step))
+                means = self._forward_backward(step)
+                grad_norm = clip_gradients(self.optimizer, settings.clip_grad_norm, step)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step = step
+                staleness_steps = step - 1 - self.snapshot.step
+                if self.schedule.is_due(step):
+                    self.refresher.submit(step, self.model.embedder)
+                self._swap_snapshot()
+
+                self.window.add(
+                    **means, grad_norm=grad_norm, step_s=time.monotonic() - begin, trainer_wait_s=waited_s
+                )
+                shown.set_postfix(
+                    loss=means["loss"],
+                    stale=staleness_steps,
+                    refresh_blocks_s=self.snapshot.manifest.blocks_per_s,
+                )
+                shown.update()
+                if step % settings.log_every_steps == 0 or step == settings.steps:
+                    self._log(rates, staleness_steps)
+                if step % settings.checkpoint_every_steps == 0 or step == settings.steps or stop:
+                    self._save()
+                if stop and step < settings.steps:
+                    stop.raise_interrupted(
+                        f"stopped after step {step} of {settings.steps}; --resume goes on from here"
+                    )
+            details |= {"steps": self.step - first, "queries": (self.step - first) * self.queries_per_step}
+        self.probe.measure("after", self.snapshot)
+        self.probe.illustrate(self.snapshot, self.step)
+
+    def _forward_backward(self, step: int) -> dict[str, float]:
+        """Accumulates the gradient of the mean loss over the step's queries; returns what it showed."""
+        settings = self.config.pretrain
+        batches = [
+            [self.masker.query(step, slot) for slot in range(start, start + settings.batch_queries)]
+            for start in range(0, self.queries_per_step, settings.batch_queries)
+        ]
+        weights = [self._weight(queries) for queries in batches]
+        means: Counter[str] = Counter()
+        for queries, weight in zip(batches, weights, strict=True):
+            share = weight / max(sum(weights), 1)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+                output, candidates = realm_step(
+                    self.model,
+                    self.snapshot.index,
+                    self.store,
+                    queries,
+                    num_candidates=settings.num_candidates,
+                    exclude_trivial=settings.exclude_trivial,
+                    use_null_block=settings.use_null_block,
+                )
+            means["loss"] += check_loss(output.loss, step, self.optimizer) * share
+            (output.loss * share).backward()
+            for name in ("retrieval_utility", "masked_accuracy", "null_probability"):
+                value = getattr(output.stats, name)
+                means[name] += 0.0 if value is None else float(value) * share
+        return dict(means)
+
+    def _weight(self, queries: list[MaskedQuery]) -> int:
+        """What the loss is a mean over: masked positions, or queries at sequence level."""
+        if self.config.pretrain.level == "sequence":
+            return len(queries)
+        return sum(len(query.labels) for query in queries)
+
+    @property
+    def queries_per_step(self) -> int:
+        return self.config.pretrain.batch_queries * self.config.pretrain.accumulate_batches
+
+    # --- parts --------------------------------------------------------------------------------------------
+
+    def _load_model(self, checkpoint: Checkpoint | None) -> RealmModel:
+        settings = self.config.pretrain
+        torch.manual_seed(step_seed(self.config.seed, 0))  # new layers
+        if checkpoint is None:
+            tokenizer = self.store.tokenizer()
+            embedder = Embedder.from_config(self.config.embedder, tokenizer)
+            reader = Reader.from_config(self.config.reader, tokenizer)
+            for note in (*embedder.notes, *reader.notes):
+                log.info("%s", note)
+        else:
+            embedder = Embedder.load(checkpoint.module_folder("embedder"))
+            reader = Reader.load(checkpoint.module_folder("reader"))
+        return RealmModel(
+            embedder,
+            reader,
+            level=settings.level,
+            temperature=settings.score_temperature,
+            train_retriever=settings.train_retriever,
+        )
+
+    def _first_snapshot(self, checkpoint: Checkpoint | None) -> IndexSnapshot:
+        """The snapshot the checkpoint was trained with; for a new run, one of the starting weights."""
+        if checkpoint is not None:
+            try:
+                path = self.snapshots / snapshot_name(checkpoint.state["snapshot_step"])
+                return open_snapshot(path, verify=True)
+            except (DataError, CorruptArtifactError) as error:
+                log.warning(
+                    "%s The index is embedded again with the checkpoint's weights; the losses will differ "
+                    "from those of an uninterrupted run.",
+                    error,
+                )
+        with self.run.stage("index") as details:
+            snapshot = open_snapshot(
+                self.task.write(self.step, self.model.embedder, progress=self.progress)
+            )
+            details |= {
+                "blocks": snapshot.manifest.num_blocks,
+                "blocks_per_s": snapshot.manifest.blocks_per_s,
+            }
+        return snapshot
+
+    def _swap_snapshot(self) -> None:
+        """Takes the newest finished snapshot, if there is one: an assignment, nothing is copied."""
+        newest = self.refresher.poll()
+        if newest is not None and newest.step > self.snapshot.step:
+            self.snapshot = newest
+        for failure in self.refresher.failures:
+            log.warning("%s; training goes on with the index of step %d", failure, self.snapshot.step)
+        self.refresh_failures += len(self.refresher.failures)
+        self.refresher.failures.clear()
+
+    def _wait_while_too_stale(self, step: int) -> float:
+        """Waits only if max_staleness_steps is set, would be exceeded, and a fresher index is on its way."""
+        limit = self.config.refresh.max_staleness_steps
+        if not limit:
+            return 0.0
+        begin = time.monotonic()
+        while step - 1 - self.snapshot.step > limit and self.refresher.is_busy():
+            time.sleep(WAIT_POLL_S)
+            self._swap_snapshot()
+        return time.monotonic() - begin
+
+    def _save(self) -> None:
+        if self.step == self.config.pretrain.steps:  # what comes next searches an index of the final weights
+            self.snapshot = open_snapshot(
+                self.task.write(self.step, self.model.embedder, progress=self.progress)
+            )
+        save_checkpoint(
+            self.checkpoints,
+            self.step,
+            modules={"embedder": self.model.embedder, "reader": self.model.reader},
+            optimizer=self.optimizer,
+            state={
+                "snapshot_step": self.snapshot.step,
+                "window": asdict(self.window),
+                "skipped": dict(self.masker.skipped),
+            },
+            identity=self.identity,
+            keep=self.config.pretrain.keep_checkpoints,
+        )
+        needed = {
+            read_checkpoint(self.checkpoints / checkpoint_name(step)).state["snapshot_step"]
+            for step in checkpoint_steps(self.checkpoints)
+        }
+        prune_snapshots(self.snapshots, keep=self.config.refresh.keep_snapshots, pinned_steps=needed)
+        self.metrics.flush()
+
+    def _log(self, rates: dict[str, float], staleness_steps: int) -> None:
+        means = self.window.means()
+        self.metrics.write(
+            {
+                "step": self.step,
+                **means,
+                "staleness_steps": staleness_steps,
+                "snapshot_step": self.snapshot.step,
+                "reader_lr": rates.get("reader", 0.0),
+                "embedder_lr": rates.get("embedder", 0.0),
+                "queries_per_s": self.queries_per_step / means["step_s"],
+                "refresh_blocks_per_s": self.snapshot.manifest.blocks_per_s,
+                "refresh_failures": self.refresh_failures,
+                "skipped": dict(self.masker.skipped),
+            }
+        )
+        self.window = Window()
+
+    def close(self) -> None:
+        self.refresher.close()
+        self.metrics.close()
