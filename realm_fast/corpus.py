@@ -10,7 +10,6 @@ with the same bytes. Neither the number of processes nor an interruption changes
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,16 +19,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from realm_fast import progress as progress_bars
+from realm_fast.building import ArrayWriter, exclusive, remove_leftovers
 from realm_fast.config import CorpusConfig
-from realm_fast.errors import CorruptArtifactError, DataError, UserError
-from realm_fast.files import STAGING_PREFIX, atomic_dir, atomic_file, disk_errors, write_json
+from realm_fast.errors import CorruptArtifactError, DataError
+from realm_fast.files import STAGING_PREFIX, atomic_dir, atomic_file, write_json
 from realm_fast.sentences import split_sentences
 from realm_fast.sources import Document, ReadLog, SourceFile, find_files, read_documents
 from realm_fast.token_store import (
@@ -71,9 +71,8 @@ def build_corpus(config: CorpusConfig, out: str | Path, *, progress: bool = True
             f"corpus.max_block_tokens: {config.max_block_tokens} is beyond what a block can hold."
         )
     work = out.parent / f".{out.name}.building"
-    with _exclusive(work, out):
-        for leftover in out.parent.glob(f"{STAGING_PREFIX}{out.name}.*"):  # of a killed build
-            shutil.rmtree(leftover, ignore_errors=True)
+    with exclusive(work, out):
+        remove_leftovers(out)
         log = ReadLog(malformed=config.malformed)
         shards = _make_shards(config, files, tokenizer, work, log, progress)
         if not shards:
@@ -312,20 +311,6 @@ def _existing(out: Path, source: dict, tokenizer: Tokenizer, config: CorpusConfi
     return store
 
 
-@contextlib.contextmanager
-def _exclusive(work: Path, out: Path) -> Iterator[None]:
-    """One process builds `out`; the lock goes with the process that holds it."""
-    with disk_errors(out):
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another process is building it right now.") from None
-        yield
-
-
 def _make_shards(
     config: CorpusConfig,
     files: list[SourceFile],
@@ -421,7 +406,7 @@ def _merge(
     token = token_dtype(tokenizer.vocab_size)
     with atomic_dir(out) as staging, contextlib.ExitStack() as stack:
         writers = {
-            name: _ArrayWriter(
+            name: ArrayWriter(
                 stack.enter_context(open(staging / file_name(name), "wb")),
                 token if dtype == TOKEN else dtype,
                 is_offsets=bool(data),
@@ -486,40 +471,3 @@ def _read_shard(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]]:
             f"{path}: a finished part of the build cannot be read ({error}); it was deleted, "
             "run the same command again."
         ) from error
-
-
-class _ArrayWriter:
-    """Appends arrays to a file and hashes them; offsets are shifted so that they run on."""
-
-    def __init__(self, file: IO[bytes], dtype: str, *, is_offsets: bool) -> None:
-        self._file = file
-        self._dtype = np.dtype(dtype)
-        self._is_offsets = is_offsets
-        self._base = 0
-        self._digest = hashlib.sha256()
-        self.items = 0
-        if is_offsets:
-            self._write(np.zeros(1, dtype=self._dtype))
-
-    def append(self, values: np.ndarray) -> None:
-        if self._is_offsets:
-            values = values[1:] + self._base
-            self._base = int(values[-1]) if len(values) else self._base
-        if values.dtype != self._dtype:
-            raise TypeError(f"a shard holds {values.dtype} where the store holds {self._dtype}")
-        self._write(values)
-
-    def _write(self, values: np.ndarray) -> None:
-        data = np.ascontiguousarray(values).data.cast("B") if values.size else b""
-        self._file.write(data)
-        self._digest.update(data)
-        self.items += values.size
-
-    def finish(self) -> dict[str, Any]:
-        self._file.flush()
-        return {
-            "bytes": self._file.tell(),
-            "sha256": self._digest.hexdigest(),
-            "dtype": self._dtype.name,
-            "items": self.items,
-        }
