@@ -99,7 +99,6 @@ class Window:
     null_probability: float = 0.0
     grad_norm: float = 0.0
     step_s: float = 0.0
-    search_s: float = 0.0
     trainer_wait_s: float = 0.0
 
     def add(self, **values: float) -> None:
