@@ -18,5 +18,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device: got {name!r}, but torch finds {torch.cuda.device_count()} CUDA devices here")
+        raise ConfigError(
+            f"device: got {name!r}, but torch finds {torch.cuda.device_count()} CUDA devices here"
+        )
     return device

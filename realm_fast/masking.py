@@ -329,6 +329,13 @@ def build_salient_spans(
     return SalientSpans.open(out, store)
 
 
+def prepare_spans(store: TokenStore, config: MaskingConfig, *, progress: bool = True) -> SalientSpans | None:
+    """The spans that `config.strategy` needs, found now if they never were; None where it needs none."""
+    if config.strategy != "salient_span":
+        return None
+    return build_salient_spans(store, config.entity_tagger, progress=progress)
+
+
 def tag_blocks(argument: tuple[str, str]) -> Callable[[tuple[int, int, str]], None]:
     """Set-up of a tagging process: returns the function that tags blocks [start, stop) into a file."""
     store_path, tagger_path = argument

@@ -141,10 +141,13 @@ class Pretrainer:
         if checkpoint is not None:
             checkpoint.check_identity(self.identity)
         self.device = resolve_device(config.device)
-        with run.stage_if_needed("spans"):
-            spans = prepare_spans(self.store, config.masking, progress=progress)
-        self.masker = Masker(self.store, config.masking, config.seed, spans)
-        held_out = Masker(self.store, config.masking, config.seed, spans, split="heldout")
+        spans = prepare_spans(self.store, config.masking, progress=progress)
+        self.masker = Masker(self.store, config.masking, config.seed, spans, split="train")
+        try:
+            held_out = self.masker.with_split("heldout")
+        except DataError as error:
+            log.warning("no sentences are held out, so masked accuracy is not measured: %s", error)
+            held_out = None
 
         self.model = self._load_model(checkpoint).to(self.device)
         trained = {"reader": (self.model.reader, config.pretrain.reader_lr)}
@@ -266,7 +269,7 @@ class Pretrainer:
 
     def _load_model(self, checkpoint: Checkpoint | None) -> RealmModel:
         settings = self.config.pretrain
-        torch.manual_seed(step_seed(self.config.seed, 0))  # new layers
+        torch.manual_seed(self.config.seed)  # new layers are a function of it
         if checkpoint is None:
             tokenizer = self.store.tokenizer()
             embedder = Embedder.from_config(self.config.embedder, tokenizer)
@@ -297,9 +300,7 @@ class Pretrainer:
                     error,
                 )
         with self.run.stage("index") as details:
-            snapshot = open_snapshot(
-                self.task.write(self.step, self.model.embedder, progress=self.progress)
-            )
+            snapshot = open_snapshot(self.task.write(self.step, self.model.embedder, progress=self.progress))
             details |= {
                 "blocks": snapshot.manifest.num_blocks,
                 "blocks_per_s": snapshot.manifest.blocks_per_s,

@@ -76,7 +76,11 @@ def test_a_full_disk_is_named(tmp_path):
 
 def test_a_really_full_disk(tmp_path):
     # /dev/full fails every write with ENOSPC, as a full disk does.
-    with pytest.raises(DiskFullError), disk_errors(tmp_path / "x"), open("/dev/full", "wb", buffering=0) as file:
+    with (
+        pytest.raises(DiskFullError),
+        disk_errors(tmp_path / "x"),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
         file.write(b"x")
 
 

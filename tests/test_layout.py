@@ -40,7 +40,9 @@ def test_every_path_in_the_table_exists():
 
 def test_every_module_is_in_the_table():
     modules = {
-        f"realm_fast/{path.name}" for path in (ROOT / "realm_fast").glob("*.py") if path.name not in ("__init__.py", "__main__.py")
+        f"realm_fast/{path.name}"
+        for path in (ROOT / "realm_fast").glob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
     }
     assert sorted(m for m in modules if f"`{m}`" not in ARCHITECTURE) == []
 
