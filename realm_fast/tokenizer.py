@@ -119,6 +119,15 @@ class Tokenizer:
             starts[0] = True
         return starts
 
+    def word_begins(self, ids: np.ndarray) -> np.ndarray:
+        """bool, the shape of ids: true for tokens that begin a word wherever they stand (no "##")."""
+        return ~self._continuation[ids]
+
+    @functools.cached_property
+    def is_uncased(self) -> bool:
+        """Whether the normaliser drops case."""
+        return self._backend.normalizer is not None and self._backend.normalizer.normalize_str("Aa") == "aa"
+
     def encode(self, text: str) -> Encoding:
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids = np.asarray(encoding.ids, dtype=np.int32)  # [T]
