@@ -17,6 +17,7 @@ run needs no scheduler state.
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +26,11 @@ from realm_fast.errors import TrainingDivergedError
 # BERT's and REALM's released optimizer; torch's default epsilon of 1e-8 lets rarely seen words jump.
 ADAMW_BETAS = (0.9, 0.999)
 ADAMW_EPSILON = 1e-6
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of everything torch draws in one step (dropout); step 0: of the making of new layers."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def parameter_groups(modules: Mapping[str, tuple[nn.Module, float]], *, weight_decay: float) -> list[dict]:

@@ -1,0 +1,237 @@
+"""The models of a run that questions are answered with: which checkpoint, and the index that belongs to it.
+
+    "finetune"   the newest fine-tuned checkpoint: question embedder, span reader, and their index
+    "pretrain"   the newest pre-training checkpoint: retrieval alone
+    "start"      what the configuration's trunks are before any training in this run: retrieval alone
+    "auto"       the first of these three that there is
+
+An index belongs to an embedder if it was made by exactly its block side, which a hash tells. Where a run
+holds no such index (a refresh lags behind training), one is made.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from realm_fast.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from realm_fast.config import Config
+from realm_fast.embedder import Embedder
+from realm_fast.errors import DataError, ProvenanceError, RealmFastError
+from realm_fast.files import atomic_dir
+from realm_fast.index import Index, Provenance
+from realm_fast.optim import step_seed
+from realm_fast.reader import Reader, SpanReader
+from realm_fast.reading import ReadSettings
+from realm_fast.run_folder import RunFolder
+from realm_fast.snapshot import list_snapshots, open_snapshot, read_manifest, snapshot_name, write_snapshot
+from realm_fast.token_store import TokenStore
+
+CHECKPOINTS = ("auto", "finetune", "pretrain", "start")
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What fine-tuning starts from."""
+
+    name: str  # "pretrain/checkpoints/step-00000200" or "warm start"
+    step: int  # pre-training steps behind it
+    embedder: Embedder
+    reader: Reader
+
+
+@dataclass(frozen=True)
+class QaModel:
+    """What answers questions; `span_reader` is None before fine-tuning: then it only retrieves."""
+
+    name: str
+    stage: str  # "finetune", "pretrain" or "start"
+    embedder: Embedder
+    span_reader: SpanReader | None
+    index: Index
+    store: TokenStore
+    settings: ReadSettings
+    started_from: str | None = None  # what fine-tuning started from, if it was fine-tuned
+    notes: list[str] = field(default_factory=list)
+
+
+def starting_point(run: RunFolder, config: Config, store: TokenStore) -> StartingPoint:
+    """The newest pre-training checkpoint, or the configured trunks where there is none."""
+    checkpoint = newest_checkpoint(run.pretrain_dir / "checkpoints")
+    if checkpoint is not None:
+        embedder = Embedder.load(checkpoint.module_folder("embedder"))
+        reader = Reader.load(checkpoint.module_folder("reader"))
+        _check_tokenizer(embedder, store, str(checkpoint.path))
+        return StartingPoint(_name_in(run, checkpoint.path), checkpoint.step, embedder, reader)
+    embedder = untrained_embedder(config, store)
+    reader = Reader.from_config(config.reader, store.tokenizer())
+    return StartingPoint("warm start", 0, embedder, reader)
+
+
+def untrained_embedder(config: Config, store: TokenStore) -> Embedder:
+    """The embedder before any training, as pre-training starts with it; a function of settings and seed."""
+    torch.manual_seed(step_seed(config.seed, 0))
+    return Embedder.from_config(config.embedder, store.tokenizer())
+
+
+def find_index(folders: Sequence[Path], encoder_hash: str, corpus_hash: str, backend: str) -> Path | None:
+    """The newest snapshot in `folders` that this encoder made of this corpus, or None."""
+    for folder in folders:
+        for path in reversed(list_snapshots(folder).values()):
+            try:
+                manifest = read_manifest(path)
+            except RealmFastError as error:
+                say(f"passing over {path}: {error}")
+                continue
+            if (manifest.encoder_hash, manifest.corpus_hash, manifest.backend) == (
+                encoder_hash,
+                corpus_hash,
+                backend,
+            ):
+                return path
+    return None
+
+
+def index_of(
+    run: RunFolder,
+    embedder: Embedder,
+    store: TokenStore,
+    config: Config,
+    *,
+    out: Path,
+    step: int,
+    adopt: bool = False,
+    progress: bool = False,
+) -> Path:
+    """The snapshot made by exactly this embedder's block side: found in the run, or else embedded into `out`.
+
+    Args:
+        adopt: link a snapshot that lies elsewhere into `out` too, so that pruning does not take it away.
+    """
+    encoder_hash = embedder.hash()
+    own = [out, run.finetune_dir / "snapshots", run.evaluate_dir / "snapshots"]
+    path = find_index(
+        [*own, run.pretrain_dir / "snapshots"], encoder_hash, store.corpus_hash, config.index.backend
+    )
+    if path is None:
+        say(f"no index of this run was made by these weights: embedding {len(store):,} blocks into {out}")
+        return write_snapshot(
+            out,
+            step,
+            embedder,
+            store,
+            config.index,
+            token_budget=config.refresh.token_budget,
+            progress=progress,
+        )
+    if not adopt or path.parent == out:
+        return path
+    target = out / snapshot_name(step)
+    if target.exists():  # of other weights, or find_index had found it
+        shutil.rmtree(target)
+    with atomic_dir(target) as staging:
+        for file in path.iterdir():
+            _link_or_copy(file, staging / file.name)
+    return target
+
+
+def load_qa_model(
+    run: RunFolder, config: Config, checkpoint: str = "auto", *, progress: bool = False
+) -> QaModel:
+    """Loads what answers questions in `run`. `checkpoint`: see the module's docstring; or a folder of one.
+
+    Raises:
+        DataError: there is no such checkpoint.
+        ProvenanceError: checkpoint, index and corpus do not belong together.
+    """
+    store = run.store()
+    if checkpoint not in CHECKPOINTS:
+        found: Checkpoint | None = read_checkpoint(checkpoint)
+        stage = "finetune" if (Path(checkpoint) / "span_reader").is_dir() else "pretrain"
+    else:
+        found, stage = None, "start"
+        for candidate, folder in (("finetune", run.finetune_dir), ("pretrain", run.pretrain_dir)):
+            if checkpoint in ("auto", candidate):
+                found = newest_checkpoint(folder / "checkpoints")
+                if found is not None:
+                    stage = candidate
+                    break
+        if found is None and checkpoint in ("finetune", "pretrain"):
+            raise DataError(
+                f"{run.path}: holds no {checkpoint} checkpoint; `realm-fast {checkpoint}` makes one."
+            )
+    if found is None:
+        embedder, name, step = untrained_embedder(config, store), "warm start", 0
+    else:
+        embedder = Embedder.load(found.module_folder("embedder"))
+        name, step = _name_in(run, found.path), found.step
+        _check_tokenizer(embedder, store, str(found.path))
+    if found is not None and stage == "finetune":
+        return _finetuned(run, found, embedder, store, name)
+    path = index_of(
+        run, embedder, store, config, out=run.evaluate_dir / "snapshots", step=step, progress=progress
+    )
+    index = open_snapshot(path, expect=Provenance(embedder.hash(), store.corpus_hash, step)).index
+    notes = [f"{name}: not fine-tuned, so it retrieves blocks but reads no answers out of them."]
+    return QaModel(name, stage, embedder.eval(), None, index, store, ReadSettings.of(config), notes=notes)
+
+
+def _finetuned(
+    run: RunFolder, checkpoint: Checkpoint, embedder: Embedder, store: TokenStore, name: str
+) -> QaModel:
+    state = checkpoint.state
+    for what, expected, found in (
+        ("corpus", state["corpus_hash"], store.corpus_hash),
+        ("block side of the embedder", state["block_encoder_hash"], embedder.hash()),
+    ):
+        if expected != found:
+            raise ProvenanceError(
+                f"{checkpoint.path}: was fine-tuned with {what} {expected[:16]}, found {found[:16]}."
+            )
+    index = open_snapshot(
+        run.path / state["snapshot"],
+        expect=Provenance(state["block_encoder_hash"], state["corpus_hash"], checkpoint.step),
+    ).index
+    span_reader = SpanReader.load(checkpoint.module_folder("span_reader"))
+    settings = ReadSettings(**state["read_settings"])
+    return QaModel(
+        name,
+        "finetune",
+        embedder.eval(),
+        span_reader.eval(),
+        index,
+        store,
+        settings,
+        started_from=state["started_from"],
+    )
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _check_tokenizer(embedder: Embedder, store: TokenStore, where: str) -> None:
+    if embedder.tokenizer_hash != store.tokenizer_hash:
+        raise ProvenanceError(
+            f"{where}: its tokenizer is {embedder.tokenizer_hash[:16]}, "
+            f"that of {store.path} is {store.tokenizer_hash[:16]}."
+        )
+
+
+def _name_in(run: RunFolder, path: Path) -> str:
+    try:
+        return path.resolve().relative_to(run.path.resolve()).as_posix()
+    except ValueError:
+        return str(path)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)  # snapshots never change, so two names may share the data
+    except OSError:
+        shutil.copy2(source, target)
