@@ -28,7 +28,7 @@ from realm_fast.config import EmbedderConfig
 from realm_fast.encoder import Trunk, load_trunk, trunk_config_dict, trunk_from_config_dict
 from realm_fast.errors import ConfigError
 from realm_fast.model_files import load_module, save_module
-from realm_fast.packing import Row, SpecialTokens, TokenBatch, pad_batch
+from realm_fast.packing import Row, SpecialTokens, TokenBatch, pad_batch, row_multiple
 
 if TYPE_CHECKING:
     from realm_fast.tokenizer import Tokenizer
@@ -146,7 +146,8 @@ class Embedder(nn.Module):
 
     def pad(self, rows: Sequence[Row]) -> TokenBatch:
         """Rows as a batch on this embedder's device."""
-        return pad_batch(rows, self.special.pad_id, max_tokens=self.max_tokens).to(self.device)
+        multiple_of = row_multiple(self.device)
+        return pad_batch(rows, self.special.pad_id, multiple_of, self.max_tokens).to(self.device)
 
     def hash(self) -> str:
         """SHA-256 over what decides block embeddings: the block side's weights and its configuration.

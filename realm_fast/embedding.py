@@ -20,7 +20,7 @@ import torch
 
 from realm_fast.embedder import Embedder
 from realm_fast.errors import ConfigError, DataError, ProvenanceError, RealmFastError, TrainingDivergedError
-from realm_fast.packing import PackPlan, block_input, null_block_input, plan_packs
+from realm_fast.packing import PackPlan, block_input, null_block_input, plan_packs, row_multiple
 from realm_fast.progress import bar
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ def embed_blocks(
     _check_fit(embedder, store)
     ids = _checked_ids(block_ids, len(store))
     result = _checked_out(out, len(ids), embedder.dim)
-    plan = plan_packs(np.asarray(store.block_lengths())[ids], token_budget)
+    plan = plan_packs(
+        np.asarray(store.block_lengths())[ids], token_budget, multiple_of=row_multiple(embedder.device)
+    )
     stats = stats if stats is not None else EmbeddingStats()
     began = time.monotonic()
     with (
@@ -161,8 +163,8 @@ def _check_fit(embedder: Embedder, store: "TokenStore") -> None:
     longest = int(np.asarray(store.block_lengths()).max(initial=0))
     if longest > embedder.max_tokens:
         raise DataError(
-            f"the longest block has {longest} tokens and the embedder takes {embedder.max_tokens} at most: build "
-            f"the corpus with corpus.max_block_tokens={embedder.max_tokens} or less."
+            f"the longest block has {longest} tokens, the embedder takes {embedder.max_tokens} at most: "
+            f"build the corpus with corpus.max_block_tokens={embedder.max_tokens} or less."
         )
 
 

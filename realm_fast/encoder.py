@@ -74,6 +74,7 @@ class Trunk(nn.Module):
         )
         if getattr(self.config, "position_embedding_type", "absolute") not in ("absolute", None):
             self._runs_here = False
+        self.train()  # as every new module; transformers hands out pretrained ones in evaluation mode
 
     @property
     def hidden_size(self) -> int:

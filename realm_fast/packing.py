@@ -135,6 +135,14 @@ def row_lengths(rows: Sequence[Row]) -> np.ndarray:
     return np.fromiter((row.ids.shape[0] for row in rows), dtype=np.int64, count=len(rows))
 
 
+def row_multiple(device: torch.device) -> int:
+    """What rows are padded to a multiple of: 8 on CUDA (tensor cores); 4 on a CPU, where it was fastest.
+
+    On a CPU (1 thread, BERT 2 x 128, blocks of 106 tokens) 4 beat 8 by 2 to 5% and 1 by 9 to 12%.
+    """
+    return 8 if device.type == "cuda" else 4
+
+
 def padded_length(length: int, multiple_of: int = 8) -> int:
     return -(-length // multiple_of) * multiple_of
 

@@ -26,7 +26,16 @@ from realm_fast.config import ReaderConfig
 from realm_fast.encoder import Trunk, load_trunk, trunk_config_dict, trunk_from_config_dict
 from realm_fast.errors import ConfigError
 from realm_fast.model_files import load_module, save_module
-from realm_fast.packing import Row, SpecialTokens, TokenBatch, body_mask, body_starts, joint_input, pad_batch
+from realm_fast.packing import (
+    Row,
+    SpecialTokens,
+    TokenBatch,
+    body_mask,
+    body_starts,
+    joint_input,
+    pad_batch,
+    row_multiple,
+)
 
 if TYPE_CHECKING:
     from realm_fast.tokenizer import Tokenizer
@@ -111,7 +120,8 @@ class Reader(nn.Module):
 
     def pad(self, rows: Sequence[Row]) -> TokenBatch:
         """Rows as a batch on this reader's device."""
-        return pad_batch(rows, self.special.pad_id, max_tokens=self.trunk.max_tokens).to(self.device)
+        multiple_of = row_multiple(self.device)
+        return pad_batch(rows, self.special.pad_id, multiple_of, self.trunk.max_tokens).to(self.device)
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors into a new folder, whole or not at all."""
@@ -281,7 +291,8 @@ class SpanReader(nn.Module):
 
     def pad(self, rows: Sequence[Row]) -> TokenBatch:
         """Rows as a batch on this reader's device."""
-        return pad_batch(rows, self.special.pad_id, max_tokens=self.trunk.max_tokens).to(self.device)
+        multiple_of = row_multiple(self.device)
+        return pad_batch(rows, self.special.pad_id, multiple_of, self.trunk.max_tokens).to(self.device)
 
     def save(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors into a new folder, whole or not at all."""
