@@ -1,6 +1,6 @@
 """Pre-training: the retriever and the reader learn together from masked sentences.
 
-    query (masked sentence) -> embedder -> search in the snapshot's index -> K candidates (null block in slot 0)
+    query (masked sentence) -> embedder -> search in the snapshot's index -> K candidates (slot 0: null block)
     -> reader on the query with each candidate: log p(y | x, z);  fresh scores: log p(z | x)
     -> marginal log-likelihood -> gradient into reader and embedder -> AdamW step
     -> every refresh.every_steps the weights go to the refresher; its snapshots come back between two steps
@@ -239,7 +239,7 @@ class Pretrainer:
         for queries, weight in zip(batches, weights, strict=True):
             share = weight / max(sum(weights), 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                output, candidates = realm_step(
+                output, _ = realm_step(
                     self.model,
                     self.snapshot.index,
                     self.store,
