@@ -1,0 +1,178 @@
+"""Sections of the report about questions: scores, published ones beside them, samples with evidence."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from realm_fast.report.charts import wilson_interval
+from realm_fast.report.data import SUBSETS, Record, RunData, cutoff_order
+from realm_fast.report.markup import Markup, join, number, percent, tag
+from realm_fast.report.parts import REACHABLE, excerpt, missing, table
+
+PUBLISHED = {
+    "nq.test": ("NaturalQuestions", {"ORQA": 33.3, "REALM (Wikipedia)": 39.2, "REALM (CC-News)": 40.4}),
+    "wq.test": ("WebQuestions", {"ORQA": 36.4, "REALM (Wikipedia)": 40.2, "REALM (CC-News)": 40.7}),
+    "curated.test": ("CuratedTrec", {"ORQA": 30.1, "REALM (Wikipedia)": 46.8, "REALM (CC-News)": 42.9}),
+}
+
+
+EVIDENCE_CHARS = 260
+PREDICTIONS_SHOWN = {"right": 4, "partly right": 2, "wrong": 4}
+
+
+def answers(data: RunData) -> Markup:
+    if data.results is None:
+        return missing(
+            "evaluate/results.json", "`realm-fast evaluate RUN` makes it, after `realm-fast finetune RUN`."
+        )
+    sets = data.results["sets"]
+    if not sets:
+        return tag("p", "The evaluation holds no question set.", cls="missing")
+    cutoffs = sorted({k for s in sets for k in (s.get("recall") or {})}, key=cutoff_order)
+    rows = []
+    for s in sets:
+        em = s.get("exact_match")
+        interval = None
+        if em is not None and s["questions"]:
+            low, high = wilson_interval(em, s["questions"])
+            interval = tag("small", f" {low:.1f}–{high:.1f}", title="95% interval")
+        rows.append(
+            [
+                tag("b", s["name"]),
+                SUBSETS.get(s["subset"], s["subset"]),
+                f"{s['questions']:,}",
+                join([tag("b", percent(em)), interval]),
+                percent(s.get("f1")),
+                *(percent((s.get("recall") or {}).get(k)) for k in cutoffs),
+                number(s.get("retrieval_utility")) if s.get("retrieval_utility") is not None else "–",
+            ]
+        )
+    header = [
+        "question set",
+        "subset",
+        "questions",
+        "exact match",
+        "F1",
+        *(f"recall@{k}" for k in cutoffs),
+        "utility",
+    ]
+    return join(
+        [
+            table(header, rows, numeric_from=2),
+            tag("p", REACHABLE, cls="note"),
+            _published(sets),
+            [tag("p", text, cls="note") for text in data.results.get("notes", [])],
+        ]
+    )
+
+
+def _published(sets: Sequence[Record]) -> Markup | None:
+    here = {s["name"]: s for s in sets if s["subset"] == "all" and s["name"] in PUBLISHED}
+    if not here:
+        return None
+    systems = ["ORQA", "REALM (Wikipedia)", "REALM (CC-News)"]
+    rows = [
+        [
+            PUBLISHED[name][0],
+            percent(s.get("exact_match")),
+            *(percent(PUBLISHED[name][1][system]) for system in systems),
+        ]
+        for name, s in here.items()
+    ]
+    return tag(
+        "div",
+        tag("h3", "Beside the published systems: another scale"),
+        tag(
+            "p",
+            "Exact match on the test questions. ORQA and REALM read all of English Wikipedia with BERT-base "
+            "models, and REALM was pre-trained for 200,000 steps of 512 sentences: many orders of magnitude "
+            "more work than here. These numbers say where the road leads, not how this run compares.",
+            cls="note",
+        ),
+        table(["test set", "this run", *systems], rows, numeric_from=1, cls="published"),
+        cls="beside",
+    )
+
+
+def sample_answers(data: RunData, text_of: Callable[[int], str] | str) -> Markup:
+    if data.predictions is None:
+        return missing("evaluate/predictions.jsonl", "`realm-fast evaluate RUN` makes it.")
+    if not data.predictions:
+        return tag("p", "No question was answered.", cls="missing")
+    groups = sample_predictions(data.predictions)
+    parts: list[Any] = []
+    if isinstance(text_of, str):
+        parts.append(tag("p", f"The blocks’ text is not shown: {text_of}.", cls="missing"))
+    for kind, records in groups.items():
+        total = sum(1 for p in data.predictions if prediction_kind(p) == kind)
+        parts.append(tag("h3", f"{kind.capitalize()} ", tag("small", f"{len(records)} of {total:,}")))
+        if records:
+            parts.append(tag("div", [_prediction_card(p, kind, text_of) for p in records], cls="cards"))
+        else:
+            parts.append(tag("p", "None.", cls="missing"))
+    parts.append(
+        tag(
+            "p",
+            "Right and partly right ones: the highest scores. Wrong ones: spread evenly over the scores, the "
+            "confident and the hesitant. All of them are in evaluate/predictions.jsonl.",
+            cls="note",
+        )
+    )
+    return join(parts)
+
+
+def prediction_kind(prediction: Record) -> str:
+    """right (exact match), partly right (some words shared), or wrong."""
+    if prediction["exact_match"]:
+        return "right"
+    return "partly right" if prediction.get("f1") else "wrong"
+
+
+def sample_predictions(predictions: Sequence[Record]) -> dict[str, list[Record]]:
+    """A few of each kind, the same ones every time: the best of the good, a cross-section of the bad."""
+    groups: dict[str, list[Record]] = {kind: [] for kind in PREDICTIONS_SHOWN}
+    for prediction in predictions:
+        groups[prediction_kind(prediction)].append(prediction)
+    sample = {}
+    for kind, limit in PREDICTIONS_SHOWN.items():
+        ranked = sorted(groups[kind], key=lambda p: (-(p.get("score") or 0.0), p["id"]))
+        if kind == "wrong" and len(ranked) > limit:
+            ranked = [ranked[i * (len(ranked) - 1) // (limit - 1)] for i in range(limit)]
+        sample[kind] = ranked[:limit]
+    return sample
+
+
+def _prediction_card(p: Record, kind: str, text_of: Callable[[int], str] | str) -> Markup:
+    sign = {"right": "✓", "partly right": "≈", "wrong": "✗"}[kind]
+    evidence = None
+    if callable(text_of) and p["block_id"] >= 0:
+        evidence = tag("blockquote", _evidence(text_of(p["block_id"]), p.get("span")), dir="auto")
+    where = f"{p.get('title') or 'untitled'}, block {p['block_id']}" if p["block_id"] >= 0 else "no block"
+    answers = p["answers"]
+    accepted = ", ".join(answers[:4]) + (f" and {len(answers) - 4} more" if len(answers) > 4 else "")
+    return tag(
+        "article",
+        tag("p", p["question"], cls="question", dir="auto"),
+        tag(
+            "p",
+            tag("span", sign, cls="sign", aria_label=kind),
+            tag("b", p["prediction"] or "no answer", dir="auto"),
+            cls="prediction",
+        ),
+        tag("p", "accepted: ", accepted or "none", cls="accepted", dir="auto"),
+        evidence,
+        tag(
+            "p",
+            where,
+            f" · score {number(p['score'])}" if p.get("score") is not None else None,
+            f" · {p['id']}",
+            " · reachable" if p.get("reachable") else None,
+            cls="source",
+        ),
+        cls=f"card {kind.replace(' ', '-')}",
+    )
+
+
+def _evidence(text: str, span: Sequence[int] | None) -> Markup:
+    """The block's text about the answer, the answer marked where the span fits the text."""
+    fits = span is not None and len(span) == 2 and 0 <= span[0] < span[1] <= len(text)
+    return excerpt(text, (span[0], span[1]) if span and fits else None, EVIDENCE_CHARS)

@@ -1,0 +1,277 @@
+"""Sections of the report about training: the curves, and what pre-training changed."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from realm_fast.report.charts import (
+    Change,
+    Mark,
+    Series,
+    before_after,
+    line_chart,
+    smoothing_half_life,
+    whole,
+    wilson_interval,
+)
+from realm_fast.report.data import SUBSETS, Record, RunData, cutoff_order
+from realm_fast.report.markup import Markup, count, join, number, percent, tag, whole_percent
+from realm_fast.report.parts import REACHABLE, difference, missing, series, table
+
+
+def pretraining(data: RunData) -> Markup:
+    metrics = data.metrics
+    if metrics is None:
+        return missing("pretrain/metrics.jsonl", "`realm-fast pretrain RUN --corpus CORPUS` makes it.")
+    if not metrics:
+        return tag("p", "Pre-training has logged nothing yet.", cls="missing")
+    level = data.setting("pretrain.level") or "token"
+    per = "nats per masked token" if level == "token" else "nats per masked span"
+    half_life = smoothing_half_life(len(metrics))
+    refreshes = _refreshes(metrics)
+    curves = [
+        line_chart(
+            [series(metrics, "loss", "loss")],
+            title="Loss",
+            unit=per,
+            note="−log of the marginal likelihood of the hidden tokens; lower is better.",
+        ),
+        line_chart(
+            [series(metrics, "retrieval_utility", "retrieval utility", 2)],
+            title="Retrieval utility",
+            unit=per,
+            note="What the retrieved blocks add over the null block; above 0, looking things up helps.",
+        ),
+        line_chart(
+            [
+                Series(
+                    "staleness",
+                    *_saw_tooth(metrics),
+                    color=3,
+                    smooth=False,
+                )
+            ],
+            title="Staleness of the index",
+            unit="steps behind the trainer",
+            marks=refreshes,
+            from_zero=True,
+            wide=True,
+            note=_staleness_words(metrics, refreshes),
+        ),
+        line_chart(
+            [series(metrics, "masked_accuracy", "accuracy", 1, 100)],
+            title="Hidden tokens guessed",
+            unit="% of a training batch",
+            from_zero=True,
+            show=whole_percent,
+        ),
+        line_chart(
+            [series(metrics, "null_probability", "null block", 4, 100)],
+            title="Weight of the null block",
+            unit="mean p(z = ∅ | x), %",
+            from_zero=True,
+            show=whole_percent,
+            note="How often the retriever would rather read nothing.",
+        ),
+    ]
+    more = [
+        line_chart(
+            [
+                series(metrics, "reader_lr", "reader", 1, smooth=False),
+                series(metrics, "embedder_lr", "embedder", 2, smooth=False),
+            ],
+            title="Learning rate",
+            unit="AdamW",
+            from_zero=True,
+        ),
+        line_chart(
+            [series(metrics, "grad_norm", "gradient norm", 4)],
+            title="Gradient norm",
+            unit="before clipping",
+            from_zero=True,
+        ),
+    ]
+    return join(
+        [
+            tag("div", curves, cls="charts"),
+            tag(
+                "p",
+                "Dots: one logged record each. Line: their average with weights that halve every "
+                f"{number(half_life, 2)} records to either side.",
+                cls="note",
+            ),
+            _skipped(metrics),
+            tag(
+                "details", tag("summary", "Learning rates and gradient norm"), tag("div", more, cls="charts")
+            ),
+            _finetune_curves(data),
+        ]
+    )
+
+
+def _finetune_curves(data: RunData) -> Markup | None:
+    metrics = data.finetune_metrics
+    if not metrics:
+        return None
+    shown = [
+        line_chart(
+            [
+                series(metrics, "retriever_loss", "retriever", 1),
+                series(metrics, "reader_loss", "reader", 2),
+            ],
+            title="Fine-tuning loss",
+            unit="nats per question",
+        ),
+        line_chart(
+            [
+                series(metrics, "with_answer_retrieved", "answer retrieved", 3, 100),
+                series(metrics, "with_answer_read", "answer among blocks read", 4, 100),
+            ],
+            title="Questions that can teach",
+            unit="% of a training batch",
+            from_zero=True,
+            show=whole_percent,
+            note="Only a question whose answer is in a retrieved block has a gradient.",
+        ),
+    ]
+    return join([tag("h3", "Fine-tuning on questions"), tag("div", shown, cls="charts")])
+
+
+def what_changed(data: RunData) -> Markup:
+    if data.evaluations is None:
+        return missing(
+            "pretrain/evaluations.jsonl", "Pre-training writes it before its first and after its last step."
+        )
+    if not data.evaluations:
+        return tag("p", "No evaluation has been recorded yet.", cls="missing")
+    changes, rows = [], []
+    for subset in data.subsets():
+        before, after = (data.evaluation(when, subset) for when in ("before", "after"))
+        known = [e for e in (before, after) if e and e.get("recall")]
+        for k in sorted({k for e in known for k in e["recall"]}, key=cutoff_order):
+            ends: dict[str, Any] = {}
+            for when, e in (("before", before), ("after", after)):
+                value = (e or {}).get("recall", {}).get(k) if e and e.get("recall") else None
+                n = (e or {}).get("questions")
+                ends[when] = value
+                ends[f"{when}_interval"] = wilson_interval(value, n) if value is not None and n else None
+            changes.append(Change(f"recall@{k} · {SUBSETS.get(subset, subset)}", **ends))
+            n = next((e["questions"] for e in (after, before) if e and e.get("questions")), None)
+            was, now = ends["before"], ends["after"]
+            rows.append(
+                [
+                    SUBSETS.get(subset, subset),
+                    f"{n:,}" if n else "n/a",
+                    f"recall@{k}",
+                    percent(was),
+                    percent(now),
+                    difference(was, now),
+                ]
+            )
+    recall = join(
+        [
+            before_after(
+                changes,
+                title="Zero-shot retrieval recall",
+                unit="% of questions with an answer among the top k blocks",
+                note="Pale bars: 95% interval of each measurement.",
+            ),
+            table(["questions", "number", "measure", "before", "after", "change"], rows, numeric_from=1),
+            tag("p", REACHABLE, cls="note"),
+        ]
+    )
+    return join(
+        [
+            tag("h3", "Retrieval"),
+            recall if changes else tag("p", "No recall was measured.", cls="missing"),
+            _masked_tokens(data),
+        ]
+    )
+
+
+def _masked_tokens(data: RunData) -> Markup:
+    before, after = (data.evaluation(when, "all") for when in ("before", "after"))
+    title = tag("h3", "Guessing hidden tokens, with and without retrieval")
+    if not any(e and e.get("masked_accuracy") is not None for e in (before, after)):
+        return join([title, tag("p", "No masked-token accuracy was measured.", cls="missing")])
+
+    def value(evaluation: Record | None, name: str, factor: float = 1) -> float | None:
+        found = (evaluation or {}).get(name)
+        return None if found is None else factor * found
+
+    names = (("with retrieval", "masked_accuracy"), ("without (null block)", "masked_accuracy_null"))
+    changes = [Change(label, value(before, name, 100), value(after, name, 100)) for label, name in names]
+    rows = [
+        [f"accuracy {c.label}", percent(c.before), percent(c.after), difference(c.before, c.after)]
+        for c in changes
+    ]
+    for label, name in (
+        ("negative log-likelihood, nats a token", "masked_nll"),
+        ("retrieval utility, nats a token", "retrieval_utility"),
+    ):
+        was, now = value(before, name), value(after, name)
+        if was is not None or now is not None:
+            rows.append([label, number(was), number(now), difference(was, now, "")])
+    return join(
+        [
+            title,
+            before_after(
+                changes, title="Accuracy on held-out sentences", unit="% of hidden tokens guessed right"
+            ),
+            table(["held-out sentences", "before", "after", "change"], rows, numeric_from=1),
+        ]
+    )
+
+
+def _saw_tooth(metrics: Sequence[Record]) -> tuple[list[float], list[float | None]]:
+    """Staleness as logged, the climb up to each refresh filled in: it grows by one a step until the swap."""
+    xs: list[float] = []
+    ys: list[float | None] = []
+    last: Record | None = None
+    for record in metrics:
+        value = record.get("staleness_steps")
+        if value is None:
+            continue
+        if last is not None and record.get("snapshot_step") != last.get("snapshot_step"):
+            xs.append(record["step"])
+            ys.append(last["staleness_steps"] + record["step"] - last["step"])
+        xs.append(record["step"])
+        ys.append(value)
+        last = record
+    return xs, ys
+
+
+def _refreshes(metrics: Sequence[Record]) -> list[Mark]:
+    """Where the trainer was first seen with another snapshot."""
+    marks = []
+    last = None
+    for record in metrics:
+        snapshot = record.get("snapshot_step")
+        if snapshot is None:
+            continue
+        if last is not None and snapshot != last:
+            marks.append(Mark(record["step"], f"index of step {number(whole(snapshot))} in use"))
+        last = snapshot
+    return marks
+
+
+def _staleness_words(metrics: Sequence[Record], refreshes: Sequence[Mark]) -> str:
+    values = [record["staleness_steps"] for record in metrics if record.get("staleness_steps") is not None]
+    if not values:
+        return "Staleness was not recorded."
+    refreshed = count(len(refreshes), "refresh", "refreshes")
+    mean, largest = number(statistics.fmean(values)), number(whole(max(values)))
+    return (
+        f"{refreshed} (vertical lines); mean {mean} steps, largest logged {largest}. The index is rebuilt in "
+        "the background while training goes on; each tooth ends where a new one is swapped in, drawn at the "
+        "first record after the swap."
+    )
+
+
+def _skipped(metrics: Sequence[Record]) -> Markup | None:
+    """Sentences that could not be used, by reason. The counters run on, so the last record has the sums."""
+    skipped = next((r["skipped"] for r in reversed(metrics) if r.get("skipped")), None)
+    if not skipped:
+        return None
+    reasons = ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in sorted(skipped.items()))
+    return tag("p", f"Sentences drawn again because they could not be used: {reasons}.", cls="note")
