@@ -1,0 +1,211 @@
+// Small kernels for the harness' own tests: one that is right in every respect, and, by macro, the same with
+// one fault each. Compiled only by the harness.
+#include "core/cuda/device.cuh"
+
+namespace selftest {
+
+using namespace realm_fast::cuda;
+
+// Sums `count` floats a block: cp.async into shared memory, warp shuffles, one value a warp through shared
+// memory, an atomic for the grid's total.
+__global__ void __launch_bounds__(128) block_sums(const float* x, int64_t count, float* sums, float* total) {
+  REALM_FAST_DYNAMIC_SHARED(memory);
+  float* tile = reinterpret_cast<float*>(memory);  // [512]
+  REALM_FAST_SHARED(float, partial, 4);
+  const int tid = static_cast<int>(threadIdx.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * 512 + 4 * tid;
+#ifdef FAULT_OFF_BY_ONE
+  const int64_t left = count + 1 - first;
+#else
+  const int64_t left = count - first;
+#endif
+  const int bytes = left >= 4 ? 16 : left > 0 ? static_cast<int>(left) * 4 : 0;
+  cp_async16(tile + 4 * tid, bytes > 0 ? x + first : x, bytes);
+  cp_async_commit();
+#ifndef FAULT_NO_WAIT
+  cp_async_wait<0>();
+#endif
+#ifndef FAULT_NO_BARRIER
+  __syncthreads();
+#endif
+  // Read what other threads brought.
+  float sum = 0;
+  for (int i = tid; i < 512; i += 128) sum += tile[i];
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (tid % 32 == 0) partial[tid / 32] = sum;
+#ifdef FAULT_DIVERGENT_BARRIER
+  if (tid < 64) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+#elif defined(FAULT_MISSED_BARRIER)
+  if (tid < 64) __syncthreads();
+  if (tid >= 64) (void)__shfl_sync(0xffffffffu, sum, 0);
+  if (tid == 3) (void)__ballot_sync(0xffffffffu, 1);  // the warp's other lanes never come
+#else
+  __syncthreads();
+#endif
+  if (tid == 0) {
+    float all = 0;
+#ifdef FAULT_UNINITIALISED
+    for (int i = 0; i < 3; ++i) all += partial[i];
+    all += tile[512];
+#else
+    for (int i = 0; i < 4; ++i) all += partial[i];
+#endif
+    sums[blockIdx.x] = all;
+    atomicAdd(total, all);
+  }
+}
+
+// One warp: d = a @ b.T by ldmatrix and mma, a [16, 16], b [8, 16], d [16, 8].
+template <class T>
+__global__ void __launch_bounds__(32) product(const T* a, const T* b, float* d) {
+  REALM_FAST_SHARED(T, sa, 16 * 16);
+  REALM_FAST_SHARED(T, sb, 16 * 16);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = lane; i < 256; i += 32) {
+    sa[i] = a[i];
+    sb[i] = i < 128 ? b[i] : from_float<T>(0.0f);
+  }
+  __syncwarp();
+  uint32_t fa[4], fb[4];
+  ldmatrix_x4(fa, sa + (lane % 16) * 16 + (lane / 16) * 8);
+  ldmatrix_x4(fb, sb + (lane % 8 + lane / 16 * 8) * 16 + (lane / 8 % 2) * 8);
+  float acc[4] = {0, 0, 0, 0};
+  mma_m16n8k16<T>(acc, fa, fb[0], fb[1]);
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = acc[i];
+}
+
+__global__ void __launch_bounds__(32) product_s8(const int8_t* a, const int8_t* b, int32_t* d) {
+  REALM_FAST_SHARED(int8_t, sa, 16 * 32);
+  REALM_FAST_SHARED(int8_t, sb, 16 * 32);
+  const int lane = static_cast<int>(threadIdx.x);
+  for (int i = 4 * lane; i < 512; i += 128) {
+    *reinterpret_cast<uint32_t*>(sa + i) = *reinterpret_cast<const uint32_t*>(a + i);
+    *reinterpret_cast<uint32_t*>(sb + i) = i < 256 ? *reinterpret_cast<const uint32_t*>(b + i) : 0u;
+  }
+  __syncwarp();
+  uint32_t fa[4], fb[4];
+  ldmatrix_x4(fa, sa + (lane % 16) * 32 + (lane / 16) * 16);
+  ldmatrix_x4(fb, sb + (lane % 8 + lane / 16 * 8) * 32 + (lane / 8 % 2) * 16);
+  int32_t acc[4] = {0, 0, 0, 0};
+  mma_m16n8k32(acc, fa, fb[0], fb[1]);
+  const int g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = acc[i];
+}
+
+// Blocks that wait for one another: a lock in global memory around a counter that is not atomic.
+__global__ void __launch_bounds__(64) locked_count(uint32_t* lock, uint32_t* value, int rounds) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < rounds; ++i) {
+#ifndef FAULT_NO_LOCK
+      while (atomicCAS(lock, 0u, 1u) != 0u) pause_briefly();
+      __threadfence();
+#endif
+      const uint32_t old = load_relaxed(value);
+      atomicExch(value, old + 1);
+#ifndef FAULT_NO_LOCK
+      __threadfence();
+      atomicExch(lock, 0u);
+#endif
+    }
+  }
+}
+
+}  // namespace selftest
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+namespace {
+float element(int i) { return static_cast<float>((i * 7919) % 31 - 15); }
+
+template <class T>
+double product_error() {
+  std::vector<double> want(128, 0.0);
+  auto* a = static_cast<T*>(simt::device_alloc(256 * sizeof(T), true));
+  auto* b = static_cast<T*>(simt::device_alloc(128 * sizeof(T), true));
+  auto* d = static_cast<float*>(simt::device_alloc(128 * 4, false));
+  for (int i = 0; i < 256; ++i) a[i] = T(element(i));
+  for (int i = 0; i < 128; ++i) b[i] = T(element(i + 1000));
+  REALM_FAST_LAUNCH(selftest::product<T>, 1, 32, 0, nullptr, a, b, d);
+  double worst = 0;
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 8; ++n) {
+      double sum = 0;
+      for (int k = 0; k < 16; ++k) sum += double(float(a[m * 16 + k])) * double(float(b[n * 16 + k]));
+      worst = std::max(worst, std::abs(sum - d[m * 8 + n]));
+    }
+  }
+  return worst;
+}
+
+double product_s8_error() {
+  auto* a = static_cast<int8_t*>(simt::device_alloc(512, true));
+  auto* b = static_cast<int8_t*>(simt::device_alloc(256, true));
+  auto* d = static_cast<int32_t*>(simt::device_alloc(128 * 4, false));
+  for (int i = 0; i < 512; ++i) a[i] = static_cast<int8_t>(i * 37 % 255 - 127);
+  for (int i = 0; i < 256; ++i) b[i] = static_cast<int8_t>(i * 91 % 255 - 127);
+  REALM_FAST_LAUNCH(selftest::product_s8, 1, 32, 0, nullptr, a, b, d);
+  double worst = 0;
+  for (int m = 0; m < 16; ++m) {
+    for (int n = 0; n < 8; ++n) {
+      int sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[m * 32 + k] * b[n * 32 + k];
+      worst = std::max(worst, std::abs(double(sum) - d[m * 8 + n]));
+    }
+  }
+  return worst;
+}
+}  // namespace
+
+// selftest CASE ORDER SEED: prints {"error": worst absolute error, "report": ...}
+int main(int argc, char** argv) {
+  if (argc != 4) return 2;
+  const std::string name = argv[1], order = argv[2];
+  simt::config().order = order == "ascending"    ? simt::Order::kAscending
+                         : order == "descending" ? simt::Order::kDescending
+                                                 : simt::Order::kRandom;
+  simt::config().seed = std::strtoull(argv[3], nullptr, 10);
+  simt::config().yield_share = order == "random" ? 0.05 : 0.0;
+  double error = 0;
+  if (name == "sums") {
+    constexpr int64_t kCount = 512 * 5 - 3;  // the last block's last copy is cut short
+    auto* x = static_cast<float*>(simt::device_alloc(kCount * 4, true));
+    auto* sums = static_cast<float*>(simt::device_alloc(5 * 4, false));
+    auto* total = static_cast<float*>(simt::device_alloc(4, true));
+    *total = 0;
+    double want = 0;
+    for (int i = 0; i < kCount; ++i) want += x[i] = element(i);
+    REALM_FAST_LAUNCH(selftest::block_sums, 5, 128, 512 * 4, nullptr, x, kCount, sums, total);
+    error = std::abs(want - *total);
+    if (error != error) error = 1e30;
+  } else if (name == "bf16") {
+    error = product_error<__nv_bfloat16>();
+  } else if (name == "f16") {
+    error = product_error<__half>();
+  } else if (name == "s8") {
+    error = product_s8_error();
+  } else if (name == "bf16_swapped_fragment") {
+    simt::config().swap_fragments = true;
+    error = product_error<__nv_bfloat16>();
+  } else if (name == "bf16_swapped_matrix") {
+    simt::config().swap_matrices = true;
+    error = product_error<__nv_bfloat16>();
+  } else if (name == "lock") {
+    simt::config().resident_blocks = 4;
+    auto* words = static_cast<uint32_t*>(simt::device_alloc(8, true));
+    words[0] = words[1] = 0;
+    REALM_FAST_LAUNCH(selftest::locked_count, 8, 64, 0, nullptr, words, words + 1, 50);
+    error = std::abs(400.0 - words[1]);
+  } else {
+    return 2;
+  }
+  std::printf("{\"error\": %.9g, \"report\": %s}\n", error, simt::report_json().c_str());
+  return 0;
+}
