@@ -6,6 +6,7 @@ that `realm-fast --help` is instant. Exit codes: 0 done, 1 the work failed, 2 so
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _raise_interrupted)
+    logging.basicConfig(format="%(message)s")  # to stderr
+    logging.getLogger("realm_fast").setLevel(logging.INFO)
     try:
         arguments.command(arguments)
         sys.stdout.flush()

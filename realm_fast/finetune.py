@@ -14,7 +14,9 @@ The loop continues bit for bit after a kill: what is random in step s (question 
 of (seed, s), and the rest is in the checkpoint.
 """
 
+import copy
 import dataclasses
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -36,14 +38,14 @@ from realm_fast.checkpoint import (
 from realm_fast.config import Config
 from realm_fast.device import resolve_device
 from realm_fast.embedder import Embedder
-from realm_fast.errors import DataError, UserError
+from realm_fast.errors import CorruptArtifactError, DataError, UserError
 from realm_fast.files import read_json, write_json
 from realm_fast.index import Index, Provenance
 from realm_fast.metrics import MetricsLog
 from realm_fast.objective import orqa_mml_loss
 from realm_fast.packing import query_input
 from realm_fast.progress import bar
-from realm_fast.qa_model import StartingPoint, index_of, say, starting_point
+from realm_fast.qa_model import StartingPoint, index_of, starting_point
 from realm_fast.questions import Question, load_questions
 from realm_fast.reader import SpanReader
 from realm_fast.reading import (
@@ -62,6 +64,7 @@ from realm_fast.signals import stop_on_signal
 from realm_fast.snapshot import open_snapshot
 from realm_fast.token_store import TokenStore
 
+log = logging.getLogger(__name__)
 SELECTION_FILE = "trainable.json"
 
 
@@ -130,7 +133,11 @@ def finetune(
             questions = load_questions(config.finetune.questions, limit=config.finetune.limit_questions)
         with run.stage("finetune") as details:
             trainer = Trainer.open(run, config, list(questions), resume=resume, progress=progress)
-            details |= {"started_from": trainer.started_from, "questions": trainer.selection.counts}
+            details |= {
+                "started_from": trainer.started_from,
+                "questions": trainer.selection.counts,
+                "notes": getattr(questions, "notes", []),
+            }
             return trainer.train(progress=progress)
 
 
@@ -179,7 +186,7 @@ class Trainer:
         store = run.store()
         checkpoint = newest_checkpoint(run.finetune_dir / "checkpoints") if resume else None
         if resume and checkpoint is None:
-            say(f"{run.finetune_dir}: no checkpoint yet, so fine-tuning starts from the beginning")
+            log.info("%s: no checkpoint yet, so fine-tuning starts from the beginning", run.finetune_dir)
         identity = identity_of(
             config,
             ["finetune"],
@@ -195,7 +202,7 @@ class Trainer:
             snapshot, started_from = checkpoint.state["snapshot"], checkpoint.state["started_from"]
         else:
             start = starting_point(run, config, store)
-            say(_describe_start(start))
+            log.info(_describe_start(start))
             embedder = split_question_side(start.embedder)
             torch.manual_seed(optim.step_seed(config.seed, 0))  # the span head is fresh
             span_reader = SpanReader.from_reader(
@@ -219,10 +226,30 @@ class Trainer:
         expect = Provenance(embedder.hash(), store.corpus_hash, step=0)
         index = open_snapshot(run.path / snapshot, expect=expect).index
         if config.finetune.retriever_beam > len(index):
-            say(f"finetune.retriever_beam: the corpus has {len(index)} blocks; every beam is all of them")
-        selection = cls._selection(
-            run, config, store, questions, embedder, index, identity, progress=progress
-        )
+            log.info("the corpus has %d blocks: every beam is all of them", len(index))
+        if checkpoint is not None:
+            selection = read_selection(run.finetune_dir / SELECTION_FILE, identity)
+        else:
+            selection = select_questions(
+                embedder.to(resolve_device(config.device)),
+                index,
+                store,
+                questions,
+                beam=config.finetune.retriever_beam,
+                max_question_tokens=ReadSettings.of(config).max_question_tokens,
+                progress=progress,
+            )
+            log.info(describe_counts(selection.counts))
+            if not selection.trainable:
+                raise DataError(
+                    f"{config.finetune.questions}: no question can be trained on "
+                    f"({describe_counts(selection.counts)}). Give questions that this corpus answers, or a "
+                    f"larger finetune.retriever_beam (it is {config.finetune.retriever_beam})."
+                )
+            write_json(
+                run.finetune_dir / SELECTION_FILE,
+                {"identity": identity, "counts": selection.counts, "trainable": selection.trainable},
+            )
         trainer = cls(
             run, config, store, embedder, span_reader, questions, selection,
             index=index, snapshot=snapshot, started_from=started_from, identity=identity,
@@ -232,46 +259,6 @@ class Trainer:
             trainer.step = checkpoint.step
             trainer.window = Counter(checkpoint.state["window"])
         return trainer
-
-    @staticmethod
-    def _selection(
-        run: RunFolder,
-        config: Config,
-        store: TokenStore,
-        questions: list[Question],
-        embedder: Embedder,
-        index: Index,
-        identity: dict[str, Any],
-        *,
-        progress: bool,
-    ) -> Selection:
-        """Selected once, with the embedder as it starts; a resume takes up the same choice."""
-        file = run.finetune_dir / SELECTION_FILE
-        made_with = {**identity, "block_encoder_hash": embedder.hash()}
-        if file.exists():
-            record = read_json(file, "the choice of trainable questions")
-            if record["made_with"] == made_with:
-                return Selection(record["trainable"], record["counts"])
-        selection = select_questions(
-            embedder.to(resolve_device(config.device)),
-            index,
-            store,
-            questions,
-            beam=config.finetune.retriever_beam,
-            max_question_tokens=ReadSettings.of(config).max_question_tokens,
-            progress=progress,
-        )
-        say(describe_counts(selection.counts))
-        if not selection.trainable:
-            raise DataError(
-                f"{config.finetune.questions}: no question can be trained on "
-                f"({describe_counts(selection.counts)}). Give questions that this corpus answers, or a "
-                f"larger finetune.retriever_beam (it is {config.finetune.retriever_beam})."
-            )
-        write_json(
-            file, {"made_with": made_with, "counts": selection.counts, "trainable": selection.trainable}
-        )
-        return selection
 
     def train(self, *, progress: bool) -> FinetuneResult:
         """The loop, from the step reached to the last; metrics, checkpoints and stop requests included."""
@@ -416,8 +403,6 @@ def mean_mml(scores: torch.Tensor, correct: torch.Tensor) -> torch.Tensor:
 
 def split_question_side(embedder: Embedder) -> Embedder:
     """An embedder whose question side can learn while its block side stays: its copy, if they were one."""
-    import copy
-
     if not embedder.settings.shared:
         return embedder
     return Embedder(
@@ -469,6 +454,20 @@ def select_questions(
     counts["no_answer_in_beam"] = len(usable) - len(trainable)
     counts["trainable"] = len(trainable)
     return Selection(trainable, dict(counts))
+
+
+def read_selection(file: Path, identity: dict[str, Any]) -> Selection:
+    """The choice made when this job began; it cannot be made again, since the embedder has moved on.
+
+    Raises:
+        DataError, CorruptArtifactError: it is missing, or of another job.
+    """
+    record = read_json(file, "the choice of trainable questions")
+    if not isinstance(record, dict) or record.get("identity") != identity:
+        raise CorruptArtifactError(
+            f"{file}: is not of the job that the checkpoints are of. Delete {file.parent} to fine-tune anew."
+        )
+    return Selection(record["trainable"], record["counts"])
 
 
 def describe_counts(counts: dict[str, int]) -> str:

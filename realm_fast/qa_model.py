@@ -9,9 +9,9 @@ An index belongs to an embedder if it was made by exactly its block side, which 
 holds no such index (a refresh lags behind training), one is made.
 """
 
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import list_snapshots, open_snapshot, read_manifest, snapshot_name, write_snapshot
 from realm_fast.token_store import TokenStore
 
+log = logging.getLogger(__name__)
 CHECKPOINTS = ("auto", "finetune", "pretrain", "start")
 
 
@@ -85,7 +86,7 @@ def find_index(folders: Sequence[Path], encoder_hash: str, corpus_hash: str, bac
             try:
                 manifest = read_manifest(path)
             except RealmFastError as error:
-                say(f"passing over {path}: {error}")
+                log.warning("passing over %s: %s", path, error)
                 continue
             if (manifest.encoder_hash, manifest.corpus_hash, manifest.backend) == (
                 encoder_hash,
@@ -118,7 +119,9 @@ def index_of(
         [*own, run.pretrain_dir / "snapshots"], encoder_hash, store.corpus_hash, config.index.backend
     )
     if path is None:
-        say(f"no index of this run was made by these weights: embedding {len(store):,} blocks into {out}")
+        log.info(
+            "no index of this run was made by these weights: embedding %d blocks into %s", len(store), out
+        )
         return write_snapshot(
             out,
             step,
@@ -208,11 +211,6 @@ def _finetuned(
         settings,
         started_from=state["started_from"],
     )
-
-
-def say(message: str) -> None:
-    """One line for the person at the terminal."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def _check_tokenizer(embedder: Embedder, store: TokenStore, where: str) -> None:
