@@ -16,7 +16,10 @@ from realm_fast.files import STAGING_PREFIX, disk_errors
 
 @contextlib.contextmanager
 def exclusive(work: Path, out: Path) -> Iterator[None]:
-    """Makes the folder `work` and lets one process build `out`; the lock dies with its holder."""
+    """Makes the folder `work` and lets one process build `out`; the lock dies with its holder.
+
+    On the way out `work` goes too, unless finished parts are kept in it.
+    """
     with disk_errors(out):
         work.mkdir(parents=True, exist_ok=True)
         lock = open(work / "lock", "w")  # noqa: SIM115
@@ -25,7 +28,18 @@ def exclusive(work: Path, out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{out}: another process is building it right now.") from None
-        yield
+        try:
+            yield
+        finally:
+            if all(entry.name == "lock" for entry in work.iterdir()):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def clear(work: Path) -> None:
+    """Deletes the finished parts once what they were for is complete."""
+    for entry in work.iterdir():
+        if entry.name != "lock":
+            entry.unlink(missing_ok=True)
 
 
 def remove_leftovers(out: Path) -> None:

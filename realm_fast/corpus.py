@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from realm_fast import progress as progress_bars
-from realm_fast.building import ArrayWriter, exclusive, remove_leftovers
+from realm_fast.building import ArrayWriter, clear, exclusive, remove_leftovers
 from realm_fast.config import CorpusConfig
 from realm_fast.errors import CorruptArtifactError, DataError
 from realm_fast.files import STAGING_PREFIX, atomic_dir, atomic_file, write_json
@@ -72,6 +71,8 @@ def build_corpus(config: CorpusConfig, out: str | Path, *, progress: bool = True
         )
     work = out.parent / f".{out.name}.building"
     with exclusive(work, out):
+        if out.exists():  # another process finished it meanwhile
+            return _existing(out, source, tokenizer, config)
         remove_leftovers(out)
         log = ReadLog(malformed=config.malformed)
         shards = _make_shards(config, files, tokenizer, work, log, progress)
@@ -79,7 +80,7 @@ def build_corpus(config: CorpusConfig, out: str | Path, *, progress: bool = True
             skipped = ", ".join(f"{count} {reason}" for reason, count in log.skipped.items()) or "none"
             raise DataError(f"{config.source}: holds no documents (skipped: {skipped}).")
         _merge(shards, out, source, tokenizer, config, log, progress)
-        shutil.rmtree(work, ignore_errors=True)
+        clear(work)
     return TokenStore.open(out)
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import safetensors.numpy
 
 from realm_fast import packaged
 from realm_fast import progress as progress_bars
-from realm_fast.building import ArrayWriter, exclusive, remove_leftovers
+from realm_fast.building import ArrayWriter, clear, exclusive, remove_leftovers
 from realm_fast.config import MaskingConfig
 from realm_fast.errors import (
     CorruptArtifactError,
@@ -133,12 +132,11 @@ class SpacyTagger:
     def __init__(self, path: str) -> None:
         spacy = _import_spacy(path)
         try:
-            config = spacy.util.load_config(Path(path) / "config.cfg") if Path(path).is_dir() else None
-            nlp = spacy.load(path, **({"exclude": _unneeded(config)} if config else {}))
+            nlp = spacy.load(path)
         except (OSError, ValueError, ImportError) as error:
             raise DataError(f"masking.entity_tagger: {path}: spaCy cannot load it ({error}).") from error
-        if config is None:
-            nlp = spacy.load(path, exclude=_unneeded(nlp.config))
+        for name in _unneeded(nlp.config):
+            nlp.remove_pipe(name)
         if "ner" not in nlp.pipe_names and "entity_ruler" not in nlp.pipe_names:
             raise DataError(
                 f"masking.entity_tagger: {path} has no entity recogniser; "
@@ -302,6 +300,8 @@ def build_salient_spans(
     num_workers = min(num_workers, len(starts))
     work = out.parent / f".{out.name}.building"
     with exclusive(work, out):
+        if out.exists():  # another process finished it meanwhile
+            return SalientSpans.open(out, store)
         remove_leftovers(out)
         for leftover in work.glob(f"{STAGING_PREFIX}*"):
             leftover.unlink(missing_ok=True)
@@ -325,7 +325,7 @@ def build_salient_spans(
             ):
                 bar.update(stop - start)
         _merge_spans(shards, out, store, identity)
-        shutil.rmtree(work, ignore_errors=True)
+        clear(work)
     return SalientSpans.open(out, store)
 
 

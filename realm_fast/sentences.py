@@ -97,5 +97,6 @@ def _ends(text: str, start: int, match: re.Match) -> bool:
     if word[0].isdigit():
         return not (acronym or lower in _BEFORE_NUMBER)
     if acronym:
-        return word in _USUAL_BEGINNING
+        initial = len(word) == 1 and text[following.end() : following.end() + 1] == "."  # "P. I. Tchaikovsky"
+        return word in _USUAL_BEGINNING and not initial
     return True

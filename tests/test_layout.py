@@ -15,9 +15,9 @@ STEMS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() 
 # Stages in the order of the data's way; a module may import from its own line or the lines above it.
 LAYERS = [
     ["errors", "types"],
-    ["files", "build", "signals", "progress"],
+    ["files", "build", "signals", "progress", "workers", "building"],
     ["config", "metrics", "qa_metrics", "ops"],
-    ["packaged", "tokenizer", "sentences", "token_store"],
+    ["packaged", "tokenizer", "sentences", "sources", "token_store"],
     ["corpus", "masking", "questions", "packing"],
     ["encoder", "model_files", "objective", "optim"],
     ["embedder", "reader", "index"],
