@@ -7,6 +7,7 @@
 namespace py = pybind11;
 
 namespace realm_fast {
+void bind_linear_marginal_ce(py::module_& m);
 void bind_marginal_lse(py::module_& m);
 }  // namespace realm_fast
 
@@ -40,5 +41,6 @@ PYBIND11_MODULE(_native, m) {
 #endif
     return d;
   });
+  realm_fast::bind_linear_marginal_ce(m);
   realm_fast::bind_marginal_lse(m);
 }

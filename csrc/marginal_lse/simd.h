@@ -77,6 +77,13 @@ struct F32 {
 #endif
   }
 
+  // keys holds `lanes` integers: where keys[i] == key, the first, elsewhere the second.
+  static REALM_FAST_INLINE vec where_equal(const int32_t* keys, int32_t key, vec yes, vec no) {
+    ivec k;
+    memcpy(&k, keys, sizeof k);
+    return k == key ? yes : no;
+  }
+
   // exp(x), relative error below 2^-22.5 (1.4 units in the last place; tests/ops/test_marginal_lse.py walks
   // the floats); 0 below -87.3 (no subnormal results), +inf above 88.7, NaN for NaN. x = n ln 2 + r, |r| <=
   // ln 2 / 2; the polynomial for e^r is Cephes' expf (Moshier, netlib.org/cephes).
@@ -128,6 +135,9 @@ struct F64 {
   static REALM_FAST_INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }
   static REALM_FAST_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
   static REALM_FAST_INLINE bool any_greater(vec a, vec b) { return a[0] > b[0] || a[1] > b[1]; }
+  static REALM_FAST_INLINE vec where_equal(const int32_t* keys, int32_t key, vec yes, vec no) {
+    return vec{keys[0] == key ? yes[0] : no[0], keys[1] == key ? yes[1] : no[1]};
+  }
   static REALM_FAST_INLINE vec exp(vec x) { return vec{::exp(x[0]), ::exp(x[1])}; }
 };
 

@@ -1,20 +1,45 @@
-"""The reader's loss from its hidden states: projection, log-softmax and marginal, without the logits in memory.
+"""The reader's loss from its hidden states: projection, log-softmax, marginal; never the logits in memory.
 
-logits[b, k, m, :]     = hidden[b, k, m] @ weight.T + bias
-gold_log_prob[b, k, m] = log_softmax(logits)[labels[b, m]]
-loss                   = -marginal_log_likelihood(gold_log_prob, log_softmax(retrieval_scores))
+    logits[b, k, m, :]     = hidden[b, k, m] @ weight.T + bias
+    gold_log_prob[b, k, m] = log_softmax(logits)[labels[b, m]]
+    loss                   = -marginal_log_likelihood(gold_log_prob, log_softmax(retrieval_scores))
+
+    d loss / d gold[b, k, m]       = -w[b, m] r[b, k, m]    r: the responsibility; w: the reduction's
+    d loss / d logits[b, k, m, v]  = w r (softmax_v - onehot_v)
+    d loss / d scores[b, k]        = sum_m w (p(z_k) - r)
+
+The work is in `linear_gold` (gold_log_prob from hidden, forward and backward); the marginal over it is
+small and an op of its own, so any upstream gradient, and so any reduction or objective, is exact. Rows
+whose position is ignored or whose slot is absent, and in the backward pass rows with a zero gradient, are
+left out before anything is multiplied.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from realm_fast.ops._checks import check_choice, check_tensor
+from realm_fast import _native
+from realm_fast.ops._checks import check_choice, check_int, check_tensor, describe
 from realm_fast.ops._dispatch import choose_impl
-from realm_fast.ops.marginal_lse import FLOAT_DTYPES, LEVELS, Level, marginal_log_likelihood
+from realm_fast.ops.marginal_lse import (
+    DTYPE_CODES,
+    FLOAT_DTYPES,
+    LEVELS,
+    Level,
+    accumulation_dtype,
+    cuda_reason,
+    cuda_stream,
+    marginal_log_likelihood,
+    no_double_backward,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
+CPU_CHUNK_BYTES = 8 << 20  # the chunk stays in a shared cache of common size
+CUDA_CHUNK_BYTES = 256 << 20
+NOT_COUNTED = -(2**63)  # the label of a row that does not count, whatever ignore_index is
+_VOCAB_GROUP = 8  # csrc/linear_marginal_ce/linear_gold.h: kVocabGroup
+_COMPUTE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
 class MarginalStats(NamedTuple):
@@ -58,17 +83,13 @@ def reference_terms(
     present = ~torch.isneginf(retrieval_scores)[..., None, None]  # [B, K, 1, 1]
     logits = torch.nn.functional.linear(torch.where(present, hidden, 0), weight, bias)  # [B, K, M, V]
     target = labels.masked_fill(~mask, 0)[:, None, :, None].expand(-1, hidden.shape[1], -1, -1)
-    gold = torch.log_softmax(logits.to(accumulate_dtype(logits)), -1).gather(-1, target)[..., 0]
+    gold = torch.log_softmax(logits.to(accumulation_dtype(logits)), -1).gather(-1, target)[..., 0]
     gold = gold.masked_fill(~(mask[:, None] & present[..., 0]), 0)
     return gold, torch.log_softmax(retrieval_scores.to(gold.dtype), -1), mask
 
 
-def accumulate_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def reduce_loss(loss: Tensor, mask: Tensor, level: Level, reduction: str) -> Tensor:
-    """mean: over the counted positions ("token") or the queries that have one ("sequence"); 0 if there are none."""
+    """mean: over the counted positions ("token") or queries ("sequence"); 0 if there are none."""
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -88,40 +109,438 @@ def linear_marginal_cross_entropy(
     ignore_index=-100,
     reduction="mean",
     impl="auto",
-    chunk_bytes=16 << 20,
+    chunk_bytes=None,
+    drop_responsibility_below=0.0,
     return_stats=False,
 ):
     """The negative marginal log-likelihood of masked words under K candidate blocks.
 
+    loss[b, m] = -logsumexp_k(log_softmax(retrieval_scores)[b, k] + gold_log_prob[b, k, m])
+    gold_log_prob[b, k, m] = log_softmax(hidden[b, k, m] @ weight.T + bias)[labels[b, m]]
+
+    Under autocast the multiplications use autocast's dtype, read the parameters as they are (no cast copy of
+    weight), and give float32 parameters float32 gradients.
+
     Args:
-        hidden: [B, K, M, H], the reader's states at the masked positions.
-        weight: [V, H]; bias: [V] or None: the (tied) output embedding.
+        hidden: [B, K, M, H] float32/bfloat16/float16/float64, the reader's states at the masked positions.
+        weight: [V, H], the (tied) output embedding; of hidden's dtype, except under autocast.
+        bias: [V] or None; of weight's dtype.
         labels: [B, M] int64 in [0, V), or `ignore_index`.
-        retrieval_scores: [B, K]; -inf marks an absent slot, whose hidden rows are never looked at.
-        level, impl: as in `marginal_log_likelihood`.
-        reduction: "mean" over counted positions (or queries, for "sequence"), "sum" or "none".
-        return_stats: also return `MarginalStats`.
+        retrieval_scores: [B, K], any float dtype; -inf marks an absent slot, whose hidden rows are never
+            looked at.
+        level: "token" marginalises every position by itself, "sequence" the product over the positions.
+        reduction: "mean" over counted positions (over queries that have one, for "sequence"; 0 if there are
+            none), "sum", or "none" ([B, M] or [B]; 0 where ignored).
+        impl: "auto", "cpu" (native, fused), "cuda" (cuBLAS and native kernels), "blas" (torch's products by
+            chunks) or "reference" (plain torch, holds the logits).
+        chunk_bytes: memory for a chunk of logits and what goes with it; None: 8 MiB on the CPU, 256 MiB on
+            CUDA.
+        drop_responsibility_below: rows with a smaller responsibility get no gradient through hidden, weight
+            and bias, and cost nothing in the backward pass; the mass dropped is in the stats. 0 drops none.
+        return_stats: also return `MarginalStats`: detached by-products of the same pass.
+
+    Returns:
+        The loss, float32 (float64 for float64): a scalar, or [B, M] / [B] for reduction="none".
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype, device or range, K is 0, a label
+            is out of range (on CUDA: a device-side assertion), or chunk_bytes is less than a chunk needs.
+        RuntimeError: on differentiating twice (use impl="reference" for that).
+
+    NaN or Inf in a row of hidden that counts, in weight or in bias, and NaN, +inf or nothing but -inf in a
+    query's retrieval_scores, make the losses they enter NaN, and the gradients of these; they never become
+    a number. (-inf in bias is a word of probability 0.)
+
+    Source: REALM (Guu et al. 2020) section 3; the gradients in docs/ops/linear_marginal_ce.md.
     """
-    check_choice("level", level, LEVELS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_tensor("hidden", hidden, shape=("B", "K", "M", "H"), dtypes=FLOAT_DTYPES)
-    batch, candidates, positions, width = hidden.shape
-    check_tensor("weight", weight, shape=("V", width), device=hidden.device)
-    if bias is not None:
-        check_tensor("bias", bias, shape=(weight.shape[0],), device=hidden.device)
-    check_tensor("labels", labels, shape=(batch, positions), dtypes=(torch.int64,), device=hidden.device)
-    check_tensor("retrieval_scores", retrieval_scores, shape=(batch, candidates), device=hidden.device)
-    choose_impl("linear_marginal_cross_entropy", impl, {"reference": lambda: None})
-    gold, candidate, mask = reference_terms(hidden, weight, bias, labels, retrieval_scores, ignore_index)
+    compute, chunk_bytes = _check_arguments(
+        hidden, weight, bias, labels, retrieval_scores, level, reduction, chunk_bytes
+    )
+    if not 0.0 <= drop_responsibility_below < 1.0:
+        raise ValueError(f"drop_responsibility_below: expected 0 <= x < 1, got {drop_responsibility_below}")
+    on_cpu = None if hidden.is_cpu else f"the tensors are on {hidden.device}"
+    chosen = choose_impl(
+        "linear_marginal_cross_entropy",
+        impl,
+        {
+            "cuda": lambda: cuda_reason(hidden),
+            "cpu": lambda: on_cpu,
+            "blas": lambda: None,
+            "reference": lambda: None,
+        },
+    )
+    mask = labels != ignore_index  # [B, M]
+    if chosen == "reference":
+        _counted_rows(torch.where(mask, labels, NOT_COUNTED), weight.shape[0])
+        gold, candidate, _ = reference_terms(hidden, weight, bias, labels, retrieval_scores, ignore_index)
+    else:
+        batch, candidates, positions, width = hidden.shape
+        present = ~torch.isneginf(retrieval_scores)[..., None]  # [B, K, 1]
+        row_labels = torch.where(mask[:, None] & present, labels[:, None], NOT_COUNTED)
+        gold, _, _ = linear_gold_op(
+            hidden.reshape(-1, width), weight, bias, row_labels.reshape(-1), compute, chunk_bytes, chosen
+        )
+        gold = gold.view(batch, candidates, positions)
+        candidate = torch.log_softmax(retrieval_scores.to(gold.dtype), -1)
+    small_impl = {"blas": "auto"}.get(chosen, chosen)
+    dropped_mass = gold.new_zeros(())
+    if drop_responsibility_below > 0:
+        gold, dropped_mass = _drop_rows(gold, candidate, mask, level, drop_responsibility_below)
     marginal, responsibility = marginal_log_likelihood(
-        gold, candidate, mask, level=level, return_responsibility=True
+        gold, candidate, mask, level=level, impl=small_impl, return_responsibility=True
     )
     loss = reduce_loss(-marginal, mask, level, reduction)
     if not return_stats:
         return loss
-    with torch.no_grad():
-        null = gold[:, 0] if level == "token" else gold[:, 0].sum(-1)
-        utility = reduce_loss(marginal - null, mask, level, "mean")
-    return loss, MarginalStats(
-        gold.detach(), candidate.detach(), marginal.detach(), responsibility, utility, utility.new_zeros(())
+    gold, candidate, marginal = gold.detach(), candidate.detach(), marginal.detach()
+    null = gold[:, 0] if level == "token" else gold[:, 0].sum(-1)
+    utility = reduce_loss(marginal - null, mask, level, "mean")
+    return loss, MarginalStats(gold, candidate, marginal, responsibility, utility, dropped_mass)
+
+
+def _check_arguments(hidden, weight, bias, labels, retrieval_scores, level, reduction, chunk_bytes):
+    """Checks everything that needs no look at values; returns the compute dtype and the chunk's bytes."""
+    check_choice("level", level, LEVELS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_tensor("hidden", hidden, shape=("B", "K", "M", "H"), dtypes=FLOAT_DTYPES)
+    batch, candidates, positions, width = hidden.shape
+    device = hidden.device
+    if candidates == 0 or width == 0:
+        raise ValueError(f"hidden: expected at least one candidate and one column, got {describe(hidden)}")
+    autocast = torch.is_autocast_enabled(device.type)
+    dtypes = FLOAT_DTYPES if autocast else (hidden.dtype,)
+    check_tensor("weight", weight, shape=("V", width), dtypes=dtypes, device=device)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least one vocabulary entry, got {describe(weight)}")
+    if bias is not None:
+        check_tensor("bias", bias, shape=(weight.shape[0],), dtypes=dtypes, device=device)
+    check_tensor("labels", labels, shape=(batch, positions), dtypes=(torch.int64,), device=device)
+    check_tensor(
+        "retrieval_scores", retrieval_scores, shape=(batch, candidates), dtypes=FLOAT_DTYPES, device=device
     )
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if hidden.is_cpu else CUDA_CHUNK_BYTES
+    check_int("chunk_bytes", chunk_bytes, minimum=1)
+    compute = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        compute = torch.float64
+    elif compute == torch.float16 and hidden.is_cpu:
+        compute = torch.float32  # CPUs multiply no float16; float32 loses nothing
+    return compute, chunk_bytes
+
+
+def _drop_rows(gold, candidate, mask, level, threshold) -> tuple[Tensor, Tensor]:
+    """gold without gradient where the responsibility is below threshold, and the mean mass of those rows."""
+    with torch.no_grad():
+        _, responsibility = marginal_log_likelihood(
+            gold, candidate, mask, level=level, return_responsibility=True
+        )
+        dropped = responsibility < threshold  # [B, K, M] or [B, K, 1]
+        mass = (responsibility * dropped).sum(1)  # [B, M] or [B, 1]
+        counted = mask if level == "token" else mask.any(-1, keepdim=True)
+        mass = mass.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+    return torch.where(dropped, gold.detach(), gold), mass
+
+
+# ---- linear_gold: log p(label) of a linear layer and a softmax ----
+
+
+@torch.library.custom_op("realm_fast::linear_gold", mutates_args=())
+def linear_gold_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    compute: torch.dtype,
+    chunk_bytes: int,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [N, H], labels [N] (NOT_COUNTED: left out) -> gold, row_max, row_logsum [N].
+
+    gold = logit of the label - (row_max + row_logsum), 0 in rows that do not count.
+    """
+    rows = _counted_rows(labels, weight.shape[0])  # [R]
+    acc = accumulation_dtype(compute)
+    outputs = tuple(hidden.new_zeros(labels.shape[0], dtype=acc) for _ in range(3))
+    if len(rows):
+        forward = _native_forward if impl == "cpu" else _blas_forward
+        values = forward(hidden, weight, bias, rows, labels[rows], compute, chunk_bytes, impl)
+        for output, value in zip(outputs, values, strict=True):
+            output[rows] = value
+    return outputs
+
+
+@linear_gold_op.register_fake
+def _(hidden, weight, bias, labels, compute, chunk_bytes, impl):
+    return tuple(hidden.new_empty(labels.shape[0], dtype=accumulation_dtype(compute)) for _ in range(3))
+
+
+@torch.library.custom_op("realm_fast::linear_gold_backward", mutates_args=())
+def linear_gold_backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_max: Tensor,
+    row_logsum: Tensor,
+    compute: torch.dtype,
+    chunk_bytes: int,
+    impl: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d hidden, d weight and d bias for an upstream gradient [N] of gold; empty where `needs` says no."""
+    needs_hidden, needs_weight, needs_bias = needs
+    rows = ((labels >= 0) & (grad != 0)).nonzero()[:, 0]  # a NaN gradient is not 0: it goes on
+    acc = accumulation_dtype(compute)
+    d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    make = torch.empty_like if len(rows) else torch.zeros_like
+    d_weight = make(weight, memory_format=torch.contiguous_format) if needs_weight else hidden.new_empty(0)
+    d_bias = make(bias, dtype=acc) if needs_bias and bias is not None else hidden.new_empty(0)
+    if len(rows) and any(needs):
+        backward = _native_backward if impl == "cpu" else _blas_backward
+        row_values = (labels[rows], row_max[rows], row_logsum[rows], grad[rows].to(acc))
+        outputs = (
+            d_hidden if needs_hidden else None,
+            d_weight if needs_weight else None,
+            d_bias if needs_bias and bias is not None else None,
+        )
+        backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, impl)
+    return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
+
+
+@linear_gold_backward_op.register_fake
+def _(grad, hidden, weight, bias, labels, row_max, row_logsum, compute, chunk_bytes, impl, needs):
+    d_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
+    d_weight = (
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else hidden.new_empty(0)
+    )
+    d_bias = torch.empty_like(bias) if needs[2] and bias is not None else hidden.new_empty(0)
+    return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, labels, ctx.compute, ctx.chunk_bytes, ctx.impl = inputs
+    ctx.save_for_backward(hidden, weight, bias, labels, output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_gold, grad_max, grad_logsum):
+    if grad_gold is None:
+        return (None,) * 7
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = linear_gold_backward_op(
+        grad_gold, *ctx.saved_tensors, ctx.compute, ctx.chunk_bytes, ctx.impl, needs
+    )
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return (*wanted, None, None, None, None)
+
+
+linear_gold_op.register_autograd(_backward, setup_context=_setup_context)
+no_double_backward(linear_gold_backward_op, "linear_marginal_cross_entropy")
+
+
+def _counted_rows(labels: Tensor, vocab: int) -> Tensor:
+    """Indices of the rows that count; raises (on CUDA: asserts on the device) if a label is out of range."""
+    wrong = ((labels < 0) & (labels != NOT_COUNTED)) | (labels >= vocab)
+    if labels.is_cuda:
+        torch._assert_async(~wrong.any(), f"labels: expected values in [0, {vocab}) or ignore_index")
+    elif wrong.any():
+        _raise_labels(labels, wrong, vocab)
+    return (labels >= 0).nonzero()[:, 0]
+
+
+def _raise_labels(labels: Tensor, wrong: Tensor, vocab: int) -> NoReturn:
+    raise ValueError(
+        f"labels: expected values in [0, {vocab}) or ignore_index, got {labels[wrong][0].item()}"
+        f" (and {int(wrong.sum()) - 1} more out of range)"
+    )
+
+
+# ---- native CPU ----
+
+
+def _native_arguments(hidden, weight, bias, rows, labels, acc):
+    """The tensors the native call reads (which must outlive it) and their description."""
+    tensors = {
+        "hidden": hidden.contiguous(),
+        "weight": weight.contiguous(),
+        "rows": rows,
+        "labels": labels.to(torch.int32),
+    }
+    if bias is not None:
+        tensors["bias"] = bias.to(acc).contiguous()
+    arguments = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    arguments |= {
+        "hidden_dtype": DTYPE_CODES[hidden.dtype],
+        "weight_dtype": DTYPE_CODES[weight.dtype],
+        "num_rows": len(rows),
+        "vocab": weight.shape[0],
+        "width": weight.shape[1],
+    }
+    return tensors, arguments
+
+
+def _with_workspace(arguments, compute, backward: bool, threads: int) -> Tensor:
+    size = _native.linear_gold_workspace_bytes(arguments, _COMPUTE_CODES[compute], backward, threads)
+    workspace = torch.empty(size + 63, dtype=torch.uint8)
+    arguments["workspace"] = (workspace.data_ptr() + 63) // 64 * 64
+    return workspace
+
+
+def _native_forward(hidden, weight, bias, rows, labels, compute, chunk_bytes, impl):
+    acc = accumulation_dtype(compute)
+    tensors, arguments = _native_arguments(hidden, weight, bias, rows, labels, acc)
+    values = hidden.new_empty(3, len(rows), dtype=acc)  # gold, row_max, row_logsum
+    for name, value in zip(("gold", "row_max", "row_logsum"), values, strict=True):
+        arguments[name] = value.data_ptr()
+    threads = torch.get_num_threads()
+    workspace = _with_workspace(arguments, compute, False, threads)
+    _native.linear_gold_forward(arguments, _COMPUTE_CODES[compute], threads)
+    del tensors, workspace
+    return values
+
+
+def _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, impl):
+    labels, row_max, row_logsum, grad = row_values
+    acc = accumulation_dtype(compute)
+    tensors, arguments = _native_arguments(hidden, weight, bias, rows, labels, acc)
+    arguments |= {"row_max": row_max.data_ptr(), "row_logsum": row_logsum.data_ptr(), "grad": grad.data_ptr()}
+    for name, output in zip(("d_hidden", "d_weight", "d_bias"), outputs, strict=True):
+        if output is not None:
+            arguments |= {name: output.data_ptr(), f"{name}_dtype": DTYPE_CODES[output.dtype]}
+    vocab, width = weight.shape
+    item = 2 if compute == torch.bfloat16 else acc.itemsize
+    # One vocabulary entry of a chunk: its d logits (bfloat16: in two layouts) and its packed row of weight.
+    row_bytes = (len(rows) + 16) * acc.itemsize + (width + 16) * item
+    arguments["chunk_vocab"] = chunk_vocab(chunk_bytes, row_bytes, vocab)
+    threads = torch.get_num_threads()
+    workspace = _with_workspace(arguments, compute, True, threads)
+    _native.linear_gold_backward(arguments, _COMPUTE_CODES[compute], threads)
+    del tensors, workspace
+
+
+def chunk_vocab(chunk_bytes: int, row_bytes: int, vocab: int) -> int:
+    """Vocabulary entries in a chunk of at most chunk_bytes, when one entry needs row_bytes."""
+    entries = chunk_bytes // row_bytes // _VOCAB_GROUP * _VOCAB_GROUP
+    if entries == 0:
+        raise ValueError(
+            f"chunk_bytes: expected at least {row_bytes * _VOCAB_GROUP} for these rows, got {chunk_bytes}"
+        )
+    block = 96  # what one task takes: whole tasks keep the threads evenly busy
+    entries = entries // block * block if entries > block else entries
+    return min(entries, -(-vocab // _VOCAB_GROUP) * _VOCAB_GROUP)
+
+
+# ---- torch's products by chunks, with native kernels between them on CUDA ----
+
+
+def _blas_chunks(rows, weight, chunk_bytes):
+    """[begin, end) of each chunk of the vocabulary: [R, end - begin] logits in float32 and their gradient."""
+    vocab = weight.shape[0]
+    step = chunk_vocab(chunk_bytes, 8 * len(rows), vocab)
+    return [(begin, min(vocab, begin + step)) for begin in range(0, vocab, step)]
+
+
+def _chunk_logits(hidden, weight, bias, acc):
+    """[R, v] logits in the accumulation dtype from [R, H] and [v, H] in the compute dtype."""
+    if hidden.is_cuda and hidden.dtype != acc:
+        logits = torch.mm(hidden, weight.t(), out_dtype=acc)
+    else:
+        logits = torch.mm(hidden, weight.t()).to(acc)
+    return logits if bias is None else logits.add_(bias.to(acc))
+
+
+def _blas_forward(hidden, weight, bias, rows, labels, compute, chunk_bytes, impl):
+    acc = accumulation_dtype(compute)
+    row_max, row_sum, gold = (
+        torch.full((len(rows),), start, dtype=acc, device=hidden.device) for start in (-1e38, 0.0, 0.0)
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden[rows].to(compute)  # [R, H]
+        for begin, end in _blas_chunks(rows, weight, chunk_bytes):
+            part = None if bias is None else bias[begin:end]
+            logits = _chunk_logits(hidden, weight[begin:end].to(compute), part, acc)
+            update = _cuda_lse_update if impl == "cuda" else _torch_lse_update
+            update(logits, labels, begin, row_max, row_sum, gold)
+    row_logsum = row_sum.log()
+    return (gold - row_max) - row_logsum, row_max, row_logsum
+
+
+def _blas_backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, impl):
+    labels, row_max, row_logsum, grad = row_values
+    d_hidden, d_weight, d_bias = outputs
+    acc = accumulation_dtype(compute)
+    with torch.autocast(hidden.device.type, enabled=False):
+        row_hidden = hidden[rows].to(compute)  # [R, H]
+        total = row_hidden.new_zeros(row_hidden.shape, dtype=acc)
+        for begin, end in _blas_chunks(rows, weight, chunk_bytes):
+            part = weight[begin:end].to(compute)
+            logits = _chunk_logits(row_hidden, part, None if bias is None else bias[begin:end], acc)
+            make = _cuda_dlogits if impl == "cuda" else _torch_dlogits
+            d_logits = make(logits, labels, begin, row_max, row_logsum, grad, compute)
+            if d_bias is not None:
+                d_bias[begin:end] = d_logits.sum(0, dtype=acc)
+            if d_weight is not None:
+                d_weight[begin:end] = torch.mm(d_logits.t(), row_hidden)
+            if d_hidden is not None and d_logits.is_cuda and compute != acc:
+                total += torch.mm(d_logits, part, out_dtype=acc)
+            elif d_hidden is not None:
+                total += torch.mm(d_logits, part)
+    if d_hidden is not None:
+        d_hidden[rows] = total.to(d_hidden.dtype)
+
+
+def _torch_lse_update(logits, labels, begin, row_max, row_sum, gold) -> None:
+    """Takes a chunk [R, v] of logits into the running maximum, sum of exponentials and true-class logit."""
+    raised = torch.maximum(row_max, logits.amax(-1).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-1e38))
+    row_sum.mul_((row_max - raised).exp())
+    local = labels - begin
+    here = (local >= 0) & (local < logits.shape[1])
+    picked = logits.gather(1, torch.where(here, local, 0)[:, None])[:, 0]
+    gold.copy_(torch.where(here, picked, gold))
+    row_sum.add_(logits.sub_(raised[:, None]).exp_().sum(-1))
+    row_max.copy_(raised)
+
+
+def _torch_dlogits(logits, labels, begin, row_max, row_logsum, grad, compute) -> Tensor:
+    """grad * (onehot - softmax) of a chunk, in place, in the compute dtype."""
+    softmax = logits.sub_(row_max[:, None]).sub_(row_logsum[:, None]).exp_()
+    local = labels - begin
+    here = ((local >= 0) & (local < logits.shape[1])).nonzero()[:, 0]
+    softmax[here, local[here]] -= 1
+    return softmax.mul_(-grad[:, None]).to(compute)
+
+
+def _cuda_lse_update(logits, labels, begin, row_max, row_sum, gold) -> None:
+    with torch.cuda.device(logits.device):
+        _native.chunk_lse_update_cuda(
+            logits.data_ptr(),
+            labels.data_ptr(),
+            row_max.data_ptr(),
+            row_sum.data_ptr(),
+            gold.data_ptr(),
+            tuple(logits.shape),
+            begin,
+            DTYPE_CODES[logits.dtype],
+            cuda_stream(logits),
+        )
+
+
+def _cuda_dlogits(logits, labels, begin, row_max, row_logsum, grad, compute) -> Tensor:
+    d_logits = logits if compute == logits.dtype else torch.empty_like(logits, dtype=compute)
+    with torch.cuda.device(logits.device):
+        _native.chunk_dlogits_cuda(
+            logits.data_ptr(),
+            labels.data_ptr(),
+            row_max.data_ptr(),
+            row_logsum.data_ptr(),
+            grad.data_ptr(),
+            d_logits.data_ptr(),
+            tuple(logits.shape),
+            begin,
+            DTYPE_CODES[logits.dtype],
+            DTYPE_CODES[compute],
+            cuda_stream(logits),
+        )
+    return d_logits

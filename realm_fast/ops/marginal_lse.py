@@ -26,7 +26,7 @@ from realm_fast.ops._dispatch import choose_impl
 Level = Literal["token", "sequence"]
 LEVELS = ("token", "sequence")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def marginal_log_likelihood_reference(
@@ -46,8 +46,10 @@ def marginal_log_likelihood_reference(
     return marginal if level == "token" else marginal[:, 0]
 
 
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def accumulation_dtype(value: Tensor | torch.dtype) -> torch.dtype:
+    """What sums of this tensor, or of tensors of this dtype, are held in."""
+    dtype = value.dtype if isinstance(value, Tensor) else value
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @overload
@@ -150,8 +152,8 @@ def cuda_reason(tensor: Tensor) -> str | None:
     return None
 
 
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+def cuda_stream(tensor: Tensor) -> int:
+    return torch.cuda.currentcuda_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 @torch.library.custom_op("realm_fast::marginal_lse", mutates_args=())
@@ -171,11 +173,11 @@ def marginal_lse_op(
         responsibility.data_ptr(),
         (batch, candidates, positions),
         level == "sequence",
-        _DTYPE_CODES[gold.dtype],
+        DTYPE_CODES[gold.dtype],
     )
     if gold.is_cuda:
         with torch.cuda.device(gold.device):
-            native(*arguments, _stream(gold))
+            native(*arguments, cuda_stream(gold))
     else:
         native(*arguments, torch.get_num_threads())
     return marginal, responsibility
@@ -201,10 +203,10 @@ def _(gold_log_prob, candidate_log_prob, mask, level):
 def marginal_lse_backward_op(
     grad_marginal: Tensor, responsibility: Tensor, mask: Tensor | None, positions: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d gold [B, K, M] and d loss / d candidate [B, K], from the responsibilities of the forward pass."""
+    """d loss / d gold [B, K, M] and d loss / d candidate [B, K], from the responsibilities."""
     grad, responsibility = grad_marginal.contiguous(), responsibility.contiguous()
     mask = None if mask is None else mask.contiguous()
-    batch, candidates, columns = responsibility.shape
+    batch, candidates, _ = responsibility.shape
     d_gold = grad.new_empty(batch, candidates, positions, dtype=dtype)
     d_candidate = grad.new_empty(batch, candidates, dtype=dtype)
     sequence = grad.dim() == 1
@@ -216,11 +218,11 @@ def marginal_lse_backward_op(
         d_candidate.data_ptr(),
         (batch, candidates, positions),
         sequence,
-        _DTYPE_CODES[dtype],
+        DTYPE_CODES[dtype],
     )
     if grad.is_cuda:
         with torch.cuda.device(grad.device):
-            _native.marginal_lse_backward_cuda(*arguments, _stream(grad))
+            _native.marginal_lse_backward_cuda(*arguments, cuda_stream(grad))
     else:
         _native.marginal_lse_backward_cpu(*arguments, torch.get_num_threads())
     return d_gold, d_candidate

@@ -1,0 +1,60 @@
+#include <pybind11/pybind11.h>
+
+#include "linear_marginal_ce/linear_gold.h"
+
+namespace py = pybind11;
+
+namespace realm_fast {
+namespace {
+
+// One dict of Python ints: pointers, sizes and dtype codes under the names of the fields of LinearGold.
+LinearGold args_of(const py::dict& d) {
+  LinearGold a;
+  const auto pointer = [&d](const char* name) -> void* {
+    return d.contains(name) ? reinterpret_cast<void*>(d[name].cast<uintptr_t>()) : nullptr;
+  };
+  const auto integer = [&d](const char* name) { return d.contains(name) ? d[name].cast<int64_t>() : 0; };
+  a.hidden = pointer("hidden");
+  a.hidden_dtype = static_cast<int>(integer("hidden_dtype"));
+  a.rows = static_cast<const int64_t*>(pointer("rows"));
+  a.labels = static_cast<const int32_t*>(pointer("labels"));
+  a.weight = pointer("weight");
+  a.weight_dtype = static_cast<int>(integer("weight_dtype"));
+  a.bias = pointer("bias");
+  a.num_rows = integer("num_rows");
+  a.vocab = integer("vocab");
+  a.width = integer("width");
+  a.gold = pointer("gold");
+  a.row_max = pointer("row_max");
+  a.row_logsum = pointer("row_logsum");
+  a.grad = pointer("grad");
+  a.d_hidden = pointer("d_hidden");
+  a.d_hidden_dtype = static_cast<int>(integer("d_hidden_dtype"));
+  a.d_weight = pointer("d_weight");
+  a.d_weight_dtype = static_cast<int>(integer("d_weight_dtype"));
+  a.d_bias = pointer("d_bias");
+  a.chunk_vocab = integer("chunk_vocab");
+  a.workspace = pointer("workspace");
+  return a;
+}
+
+}  // namespace
+
+void bind_linear_marginal_ce(py::module_& m) {
+  m.def("linear_gold_has_bf16", &linear_gold_has_bf16);
+  m.def("linear_gold_workspace_bytes", [](const py::dict& args, int compute, bool backward, int num_threads) {
+    return linear_gold_workspace_bytes(args_of(args), static_cast<Compute>(compute), backward, num_threads);
+  });
+  m.def("linear_gold_forward", [](const py::dict& args, int compute, int num_threads) {
+    const LinearGold a = args_of(args);
+    const py::gil_scoped_release release;
+    linear_gold_forward(a, static_cast<Compute>(compute), num_threads);
+  });
+  m.def("linear_gold_backward", [](const py::dict& args, int compute, int num_threads) {
+    const LinearGold a = args_of(args);
+    const py::gil_scoped_release release;
+    linear_gold_backward(a, static_cast<Compute>(compute), num_threads);
+  });
+}
+
+}  // namespace realm_fast
