@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from realm_fast.report.charts import wilson_interval
+from realm_fast.report.charts import Change, before_after, wilson_interval
 from realm_fast.report.data import SUBSETS, Record, RunData, cutoff_order
-from realm_fast.report.markup import Markup, join, number, percent, tag
+from realm_fast.report.markup import Markup, join, number, percent, probability, tag
 from realm_fast.report.parts import REACHABLE, excerpt, missing, table
 
 PUBLISHED = {
@@ -59,9 +59,29 @@ def answers(data: RunData) -> Markup:
         [
             table(header, rows, numeric_from=2),
             tag("p", REACHABLE, cls="note"),
+            _recall_changes(sets),
             _published(sets),
             [tag("p", text, cls="note") for text in data.results.get("notes", [])],
         ]
+    )
+
+
+def _recall_changes(sets: Sequence[Record]) -> Markup | None:
+    """Recall of the retriever before and after fine-tuning, where the evaluation measured both."""
+    changes = []
+    for s in sets:
+        before, after = s.get("recall_before") or {}, s.get("recall") or {}
+        k = "5" if "5" in before and "5" in after else min(before.keys() & after.keys(), default=None)
+        if k is not None:
+            label = f"recall@{k} · {s['name']} {SUBSETS.get(s['subset'], s['subset'])}"
+            changes.append(Change.measured(label, before[k], after[k], s["questions"]))
+    if not changes:
+        return None
+    return before_after(
+        changes,
+        title="What fine-tuning did to the retriever",
+        unit="% of questions with an answer among the top blocks",
+        note="Before: the retriever as pre-training left it. Pale bars: 95% interval of each measurement.",
     )
 
 
@@ -98,6 +118,10 @@ def sample_answers(data: RunData, text_of: Callable[[int], str] | str) -> Markup
         return missing("evaluate/predictions.jsonl", "`realm-fast evaluate RUN` makes it.")
     if not data.predictions:
         return tag("p", "No question was answered.", cls="missing")
+    if all(p["exact_match"] is None for p in data.predictions):
+        return tag(
+            "p", "Blocks were retrieved, but nothing was read: no reader was fine-tuned.", cls="missing"
+        )
     groups = sample_predictions(data.predictions)
     parts: list[Any] = []
     if isinstance(text_of, str):
@@ -112,8 +136,8 @@ def sample_answers(data: RunData, text_of: Callable[[int], str] | str) -> Markup
     parts.append(
         tag(
             "p",
-            "Right and partly right ones: the highest scores. Wrong ones: spread evenly over the scores, the "
-            "confident and the hesitant. All of them are in evaluate/predictions.jsonl.",
+            "Right and partly right ones: those the reader is surest of. Wrong ones: spread evenly from the "
+            "confident to the hesitant. All of them are in evaluate/predictions.jsonl.",
             cls="note",
         )
     )
@@ -134,11 +158,23 @@ def sample_predictions(predictions: Sequence[Record]) -> dict[str, list[Record]]
         groups[prediction_kind(prediction)].append(prediction)
     sample = {}
     for kind, limit in PREDICTIONS_SHOWN.items():
-        ranked = sorted(groups[kind], key=lambda p: (-(p.get("score") or 0.0), p["id"]))
+        ranked = sorted(groups[kind], key=lambda p: (-_confidence(p), p["id"]))
         if kind == "wrong" and len(ranked) > limit:
             ranked = [ranked[i * (len(ranked) - 1) // (limit - 1)] for i in range(limit)]
         sample[kind] = ranked[:limit]
     return sample
+
+
+def _confidence(p: Record) -> float:
+    """The reader's probability of its answer, or, where there is none, the score."""
+    value = p.get("probability")
+    return value if value is not None else p.get("score") or 0.0
+
+
+def _how_sure(p: Record) -> str | None:
+    if p.get("probability") is not None:
+        return f" · p = {probability(p['probability'])}"
+    return f" · score {number(p['score'])}" if p.get("score") is not None else None
 
 
 def _prediction_card(p: Record, kind: str, text_of: Callable[[int], str] | str) -> Markup:
@@ -163,7 +199,7 @@ def _prediction_card(p: Record, kind: str, text_of: Callable[[int], str] | str) 
         tag(
             "p",
             where,
-            f" · score {number(p['score'])}" if p.get("score") is not None else None,
+            _how_sure(p),
             f" · {p['id']}",
             " · reachable" if p.get("reachable") else None,
             cls="source",

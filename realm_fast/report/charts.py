@@ -267,6 +267,12 @@ class Change:
     before_interval: tuple[float, float] | None = None
     after_interval: tuple[float, float] | None = None
 
+    @classmethod
+    def measured(cls, label: str, before: Value, after: Value, n: int | None) -> "Change":
+        """Two percentages of n trials each, with their Wilson intervals."""
+        intervals = [wilson_interval(v, n) if v is not None and n else None for v in (before, after)]
+        return cls(label, before, after, *intervals)
+
 
 def before_after(
     changes: Sequence[Change],

@@ -43,6 +43,7 @@ class Maybe:
 TOKEN = {"token": str, "p": Share}
 ILLUSTRATION = {
     "title": str,
+    "level?": str,
     "origin_block_id": int,
     "step": int,
     "query": str,
@@ -73,20 +74,22 @@ METRICS: Record = {"step": int, "skipped?": Maybe({"*": int})} | {
         "loss", "reader_lr", "embedder_lr", "grad_norm", "step_s",
         # of pre-training
         "retrieval_utility", "masked_accuracy", "null_probability", "staleness_steps", "snapshot_step",
-        "queries_per_s", "refresh_blocks_per_s", "trainer_wait_s",
+        "queries_per_s", "refresh_blocks_per_s", "trainer_wait_s", "refresh_failures",
         # of fine-tuning
         "retriever_loss", "reader_loss", "questions_per_s", "with_answer_retrieved", "with_answer_read",
     )
 }  # fmt: skip
+RECALL = Maybe({"*": Maybe(Percentage)})  # by cut-off, "1", "5", …
 EVALUATION = {
     "when": str,
     "step": int,
     "questions?": Maybe(int),
     "subset": str,
-    "recall?": Maybe({"*": Percentage}),
+    "recall?": RECALL,
     "masked_accuracy?": Maybe(Share),
     "masked_accuracy_null?": Maybe(Share),
     "masked_nll?": Maybe(float),
+    "masked_nll_null?": Maybe(float),
     "retrieval_utility?": Maybe(float),
 }
 STAGE = {
@@ -106,7 +109,8 @@ RESULTS = {
             "questions": int,
             "exact_match?": Maybe(Percentage),
             "f1?": Maybe(Percentage),
-            "recall?": Maybe({"*": Percentage}),
+            "recall?": RECALL,
+            "recall_before?": RECALL,
             "retrieval_utility?": Maybe(float),
         }
     ],
@@ -117,11 +121,12 @@ PREDICTION = {
     "question": str,
     "answers": [str],
     "prediction": Maybe(str),
-    "exact_match": Score,
+    "exact_match": Maybe(Score),
     "f1?": Maybe(Score),
     "block_id": int,
     "title?": Maybe(str),
     "score?": Maybe(float),
+    "probability?": Maybe(Share),
     "span?": Maybe([int]),
     "reachable?": Maybe(bool),
 }

@@ -79,18 +79,17 @@ def realm(data: RunData) -> Markup:
         return join(
             [primer(), tag("p", "No sentence was followed (pretrain.illustrations = 0).", cls="missing")]
         )
-    level = data.setting("pretrain.level") or "token"
     first, *others = sorted(enumerate(data.illustrations), key=lambda pair: -_tells_most(pair[1]))
     return join(
         [
             primer(),
-            illustration_figure(first[1], f"sentence-{first[0] + 1}", level=level),
+            illustration_figure(first[1], f"sentence-{first[0] + 1}"),
             tag("h3", "More sentences") if others else None,
             [
                 tag(
                     "details",
                     tag("summary", summary_line(record)),
-                    illustration_figure(record, f"sentence-{index + 1}", level=level),
+                    illustration_figure(record, f"sentence-{index + 1}", with_sentence=False),
                     cls="fold",
                 )
                 for index, record in sorted(others)
@@ -151,15 +150,15 @@ def primer() -> Markup:
     )
 
 
-def illustration_figure(illustration: Record, name: str, *, level: str = "token") -> Markup:
+def illustration_figure(illustration: Record, name: str, *, with_sentence: bool = True) -> Markup:
     """One masked sentence, followed through the model.
 
     Args:
         illustration: one record of illustrations.json, checked.
         name: unique on the page; prefixes every id.
-        level: the run's pretrain.level.
+        with_sentence: False where the sentence stands above already.
     """
-    gold = illustration["gold"]
+    gold, level = illustration["gold"], illustration.get("level", "token")
     shown = min(len(gold), MAX_TABS)
     panels = [_panel(illustration, position, level) for position in range(shown)]
     body: Markup = panels[0]
@@ -180,7 +179,7 @@ def illustration_figure(illustration: Record, name: str, *, level: str = "token"
         )
     return tag(
         "article",
-        tag("p", sentence(illustration), cls="sentence", dir="auto"),
+        tag("p", sentence(illustration), cls="sentence", dir="auto") if with_sentence else None,
         tag("p", _origin(illustration), cls="origin"),
         body,
         _full_blocks(illustration),
@@ -273,12 +272,6 @@ def _panel(illustration: Record, position: int, level: str) -> Markup:
     cells: list[Markup] = [
         tag("div", fan_out(rows), cls="fan fan-out", style=f"grid-row:1/span {len(rows)}"),
         tag("div", fan_in(rows), cls="fan fan-in", style=f"grid-row:1/span {len(rows)}"),
-        tag(
-            "div",
-            _marginal_box(illustration, position, name, marginal, null_p, whole),
-            cls="cell-marginal",
-            style=f"grid-row:1/span {len(rows)}",
-        ),
     ]
     for place, row in enumerate(rows):
         style = f"grid-row:{place + 1}"
@@ -288,6 +281,14 @@ def _panel(illustration: Record, position: int, level: str) -> Markup:
             tag("div", _guess_cell(row, gold[position]), cls=f"cell-read {cls}", style=style, data_row=place),
             tag("div", _learn_cell(row, strongest), cls=f"cell-learn {cls}", style=style, data_row=place),
         ]
+    cells.append(
+        tag(
+            "div",
+            _marginal_box(illustration, position, name, marginal, null_p, whole),
+            cls="cell-marginal",
+            style=f"grid-row:1/span {len(rows)}",
+        )
+    )
     return join(
         [head, tag("div", cells, cls="flow"), _worked_formula(rows, name, marginal, len(gold), level, whole)]
     )

