@@ -165,10 +165,11 @@ class Scale:
     def fit(cls, values: Sequence[float], *, from_zero: bool = False) -> "Scale":
         low, high = min(values), max(values)
         if low > 0 and high / low > 1000:
-            first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-            every = math.ceil((last - first) / 6)
-            powers = tuple(10.0**power for power in range(first, last + 1, every))
-            return cls(10.0**first, 10.0**last, True, tuple(p for p in powers if p > 0 and math.isfinite(p)))
+            # ends a float can hold: 1e-324 is 0 and 1e309 overflows
+            first = max(math.floor(math.log10(low)), -300)
+            last = min(math.ceil(math.log10(high)), 308)
+            powers = range(first, last + 1, math.ceil((last - first) / 6))
+            return cls(10.0**first, max(high, 10.0**last), True, tuple(10.0**power for power in powers))
         if from_zero:
             low, high = min(low, 0.0), max(high, 0.0)
         low, high = _padded(low, high)

@@ -227,62 +227,63 @@ def cutoff_order(k: str) -> tuple[float, str]:
     return (float(k) if k.isdecimal() else math.inf, k)
 
 
-def check(value: Any, schema: Any, where: str) -> None:
+def check(value: Any, schema: Any, file: str, place: str = "") -> None:
     """Compares parsed JSON with a schema and reports the first difference.
 
-    A schema is str, int, float (any number), bool, dict, object (anything), Share, Percentage, Maybe(schema),
-    [schema] for a list, or a dictionary: "name" must be there, "name?" may be, "*" stands for every other
-    name, and names it does not list are let through.
+    A schema is str, int, float (any number), bool, dict, object (anything), Share, Percentage, Score,
+    Maybe(schema), [schema] for a list, or a dictionary: "name" must be there, "name?" may be, "*" stands for
+    every name not listed; without it names not listed are let through.
 
     Raises:
-        CorruptArtifactError: "WHERE.place: expected …, got …".
+        CorruptArtifactError: "FILE: PLACE: expected …, got …".
     """
     if isinstance(schema, Maybe):
         if value is not None:
-            check(value, schema.schema, where)
+            check(value, schema.schema, file, place)
     elif isinstance(schema, list):
-        _expect(isinstance(value, list), where, "a list", value)
+        expect(isinstance(value, list), file, place, "a list", value)
         for position, inner in enumerate(value):
-            check(inner, schema[0], f"{where}[{position}]")
+            check(inner, schema[0], file, f"{place}[{position}]")
     elif isinstance(schema, dict):
-        _expect(isinstance(value, dict), where, "an object", value)
+        expect(isinstance(value, dict), file, place, "an object", value)
         for name, inner in schema.items():
             key = name.removesuffix("?")
             if name == "*":
-                for other in value.keys() - schema.keys():
-                    check(value[other], inner, _dotted(where, other))
+                listed = {other.removesuffix("?") for other in schema}
+                for other in value.keys() - listed:
+                    check(value[other], inner, file, _inside(place, other))
             elif key in value:
-                check(value[key], inner, _dotted(where, key))
+                check(value[key], inner, file, _inside(place, key))
             elif key == name:
-                raise CorruptArtifactError(f"{where}: {name!r} is missing.")
+                raise CorruptArtifactError(f"{file}: {_inside(place, name)} is missing.")
     elif schema is Score and isinstance(value, bool):
         pass
     elif schema in (float, Share, Percentage, Score):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         top = {Share: 1.0, Percentage: 100.0, Score: 100.0}.get(schema)
         wanted = "a number" if top is None else f"a number between 0 and {top:.0f}"
-        _expect(is_number and (top is None or -1e-4 <= value <= top + 1e-4), where, wanted, value)
+        expect(is_number and (top is None or -1e-4 <= value <= top + 1e-4), file, place, wanted, value)
     elif schema is not object:
         names = {str: "text", int: "a whole number", bool: "true or false", dict: "an object"}
         right = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
-        _expect(right, where, names[schema], value)
+        expect(right, file, place, names[schema], value)
 
 
-def _expect(right: bool, where: str, wanted: str, value: Any) -> None:
+def expect(right: bool, file: str, place: str, wanted: str, value: Any) -> None:
+    """Raises CorruptArtifactError "FILE: PLACE: expected WANTED, got VALUE." unless `right`."""
     if not right:
         shown = json.dumps(value, ensure_ascii=False, default=str)
-        raise CorruptArtifactError(
-            f"{where}: expected {wanted}, got {shown[:60]}{'…' if len(shown) > 60 else ''}"
-        )
+        shown = shown[:60] + "…" if len(shown) > 60 else shown
+        raise CorruptArtifactError(f"{file}: {place}{': ' if place else ''}expected {wanted}, got {shown}.")
 
 
-def _dotted(where: str, key: str) -> str:
-    return f"{where}{'' if where.endswith(': ') else '.'}{key}"
+def _inside(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
 
 
 def _checked_json(path: Path, what: str, schema: Any) -> Any:
     value = read_json(path, what)
-    check(value, schema, f"{path}: ")
+    check(value, schema, str(path))
     return value
 
 
@@ -295,7 +296,7 @@ def _optional_lines(path: Path, what: str, schema: Any) -> list[Record] | None:
         return None
     records = read_jsonl(path, what)
     for line, record in enumerate(records, start=1):
-        check(record, schema, f"{path}:{line}: ")
+        check(record, schema, f"{path}:{line}")
     return records
 
 
@@ -304,7 +305,7 @@ def _optional_metrics(path: Path) -> list[Record] | None:
         return None
     records = read_metrics(path)
     for line, record in enumerate(records, start=1):
-        check(record, METRICS, f"{path}:{line}: ")
+        check(record, METRICS, f"{path}:{line}")
     return records
 
 
@@ -312,24 +313,26 @@ def _illustrations(path: Path) -> list[Record] | None:
     if not path.exists():
         return None
     found = _checked_json(path, "the illustrations", [ILLUSTRATION])
+    file = str(path)
     for number, illustration in enumerate(found):
-        where = f"{path}: [{number}]"
-        masks = len(illustration["gold"])
-        _expect(masks > 0, f"{where}.gold", "at least one token", [])
-        _expect(bool(illustration["candidates"]), f"{where}.candidates", "at least one", [])
-        _expect_one_for_each_mask(illustration, ("marginal", "gold_marginal_p", "null_gold_p"), masks, where)
-        for slot, candidate in enumerate(illustration["candidates"]):
-            place = f"{where}.candidates[{slot}]"
-            _expect_one_for_each_mask(candidate, ("predictions", "gold_p"), masks, place)
+        place = f"[{number}]"
+        masks, candidates = len(illustration["gold"]), illustration["candidates"]
+        expect(masks > 0, file, f"{place}.gold", "at least one token", [])
+        expect(bool(candidates), file, f"{place}.candidates", "at least one", [])
+        _expect_one_a_mask(illustration, ("marginal", "gold_marginal_p", "null_gold_p"), masks, file, place)
+        for slot, candidate in enumerate(candidates):
+            inside = f"{place}.candidates[{slot}]"
+            _expect_one_a_mask(candidate, ("predictions", "gold_p"), masks, file, inside)
             gradient = candidate["gradient"]
-            _expect(math.isfinite(gradient), f"{place}.gradient", "a finite number", gradient)
+            expect(math.isfinite(gradient), file, f"{inside}.gradient", "a finite number", gradient)
     return found
 
 
-def _expect_one_for_each_mask(record: Record, names: tuple[str, ...], masks: int, where: str) -> None:
+def _expect_one_a_mask(record: Record, names: tuple[str, ...], masks: int, file: str, place: str) -> None:
     for name in names:
         values = record.get(name)
         if values is not None and len(values) != masks:
             raise CorruptArtifactError(
-                f"{where}.{name}: expected one entry for each of {masks} masked tokens, got {len(values)}."
+                f"{file}: {place}.{name}: expected one entry for each of {masks} masked tokens, "
+                f"got {len(values)}."
             )
