@@ -9,10 +9,11 @@ same answer everywhere. See docs/data.md for a comparison with pysbd and spaCy.
 import re
 
 # A run of terminators, closing quotes and brackets, then white space; or CJK terminators, which need none.
+# Possessive throughout: a hundred thousand dots in a row cost no more than as many letters.
 _CANDIDATE = re.compile(
-    r"""(?P<stop>[.!?…]+)(?P<close>['"’”»)\]]*)(?P<reference>(?:\[\d+\])*)\s+"""
-    r"""|[。！？]+[」』”’）]*\s*"""
-    r"""|\s*\n[^\S\n]*\n\s*"""
+    r"""(?<![.!?…])(?P<stop>[.!?…]++)(?P<close>['"’”»)\]]*+)(?:\[\d++\])*+\s++"""
+    r"""|[。！？]++[」』”’）]*+\s*+"""
+    r"""|\n[^\S\n]*+\n\s*+"""
 )
 _LAST_WORD = re.compile(r"[^\s(\[\"“‘«—–/]*$")
 _NEXT_WORD = re.compile(r"""[('"“‘«\[¿¡—–-]*\s*(\w+)""")

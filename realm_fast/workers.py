@@ -15,14 +15,22 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any
 
 from realm_fast.errors import RealmFastError
 
-_BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from realm_fast.workers import serve; serve(int(sys.argv[1]))"
-)
+# The package's own __init__ loads torch, seconds and hundreds of megabytes that most workers have no use
+# for: an empty stand-in with the same path lets them import just the modules they need.
+_BOOTSTRAP = """
+import json, sys, types
+sys.path[:], package_path = json.loads(sys.argv[2])
+package = types.ModuleType("realm_fast")
+package.__path__ = package_path
+sys.modules["realm_fast"] = package
+from realm_fast.workers import serve
+serve(int(sys.argv[1]))
+"""
 
 
 def default_num_workers() -> int:
@@ -83,9 +91,10 @@ class _Worker:
         self.pending: Any = _NOTHING  # the task it works on
         self.connection, theirs = Pipe()
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        paths = [sys.path, [str(Path(__file__).resolve().parent)]]
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), json.dumps(sys.path)],
+                [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), json.dumps(paths)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=environment,
@@ -118,7 +127,9 @@ class _Worker:
     def _died(self) -> None:
         self.connection.close()
         code = self.process.wait()
-        reason = f"signal {-code}" + (" (often: out of memory)" if code == -9 else "") if code < 0 else code
+        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if code == -9:
+            reason += ", often: out of memory"
         raise RealmFastError(
             f"a process that was to {self.what} died ({reason}). What was finished is kept; "
             "run the same command again, with fewer workers if memory is short."

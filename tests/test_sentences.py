@@ -1,5 +1,7 @@
 """Sentence splitting: the cases that trip simple splitters, and that no word is ever lost."""
 
+import timeit
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,6 +63,16 @@ def test_a_blank_line_ends_a_sentence_and_a_single_break_does_not():
 def test_empty_and_blank_texts_have_no_sentences():
     assert split_sentences("") == []
     assert split_sentences(" \n\n\t ") == []
+
+
+@pytest.mark.parametrize("piece", [".", " ", "\n", "\n ", ". ", "。", '."', "[1]", ".[", "a"])
+def test_time_is_linear_in_odd_texts(piece):
+    def seconds(count):
+        text = piece * count
+        return min(timeit.repeat(lambda: split_sentences(text), number=1, repeat=3))
+
+    # Quadratic time would be 64 times as long; 2 ms is for the noise.
+    assert seconds(64_000) < 30 * seconds(8_000) + 2e-3
 
 
 TEXTS = st.text(st.sampled_from("aB.!?…\"'”)] \n\t0。é​ [1]"), max_size=60) | st.text(max_size=60)
