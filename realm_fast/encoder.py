@@ -26,7 +26,8 @@ from realm_fast.packing import TokenBatch
 # Model types whose masked-LM head is known: dense, activation, LayerNorm, then the vocabulary with a bias.
 HEADS = ("bert", "camembert", "distilbert", "roberta", "xlm-roberta")
 # Model types with BERT's module names, whose layers are run here rather than by transformers.
-_BERT_LAYOUT = ("bert", "camembert", "roberta", "xlm-roberta")
+_ROBERTA_LIKE = ("camembert", "roberta", "xlm-roberta")
+_BERT_LAYOUT = ("bert", *_ROBERTA_LIKE)
 _FRESH_TYPES = ("bert", "distilbert", "roberta")
 # Weights a checkpoint may hold, or lack, without a word: none of them takes part in the computation.
 _UNUSED_WEIGHTS = ("pooler.", "cls.seq_relationship", "position_ids", "cls.predictions.decoder.")
@@ -92,17 +93,12 @@ class Trunk(nn.Module):
     @property
     def max_tokens(self) -> int:
         """The longest row it can take."""
-        positions = int(self.config.max_position_embeddings)
-        # RoBERTa counts positions from pad_token_id + 1.
-        return positions - (self.config.pad_token_id + 1 if "roberta" in self._family else 0)
+        return int(self.config.max_position_embeddings) - self._first_position
 
     @property
-    def _family(self) -> str:
-        return (
-            "roberta"
-            if self.config.model_type in ("camembert", "roberta", "xlm-roberta")
-            else self.config.model_type
-        )
+    def _first_position(self) -> int:
+        # RoBERTa counts positions from pad_token_id + 1.
+        return self.config.pad_token_id + 1 if self.config.model_type in _ROBERTA_LIKE else 0
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         """The last layer's state of every token.
@@ -138,7 +134,11 @@ class Trunk(nn.Module):
     def _run_bert(self, batch: TokenBatch, positions: torch.Tensor | None) -> torch.Tensor:
         segments = self._segments(batch)
         embeddings: Any = self.model.embeddings
-        states = embeddings(input_ids=batch.ids, token_type_ids=segments)  # [R, T, H]
+        # Given, because RoBERTa would take a token with its padding id for padding.
+        places = (
+            self._first_position + torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
+        )  # [1, T]
+        states = embeddings(input_ids=batch.ids, token_type_ids=segments, position_ids=places)  # [R, T, H]
         # A mask rules out the fastest attention kernels; without padding none is needed.
         padded = not bool(batch.attention_mask.all())
         mask = batch.attention_mask[:, None, None, :] if padded else None  # [R, 1, 1, T]
@@ -196,12 +196,12 @@ def trunk_config_dict(trunk: Trunk) -> dict[str, Any]:
 
 
 def trunk_from_config_dict(values: dict[str, Any], *, mlm_head: bool, source: str) -> Trunk:
-    """The modules of a saved trunk, weights still to be filled in. Draws nothing from torch's generator."""
+    """The modules of a saved trunk, weights still to be filled in."""
     from transformers import AutoConfig
 
     values = dict(values)
     values.pop("auto_map", None)
-    with torch.random.fork_rng(devices=[]), _quiet_transformers():
+    with _quiet_transformers():
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         trunk = _trunk_from_config(config, mlm_head, source)
         if mlm_head and not getattr(config, "tie_word_embeddings", True):

@@ -40,6 +40,8 @@ def save_module(module: nn.Module, folder: str | Path, kind: str, values: dict[s
 def load_module(folder: str | Path, kind: str, build: Callable[[dict[str, Any]], Any]) -> Any:
     """Reads config.json, lets `build` make the module, and fills in every weight.
 
+    Torch's random generator is left as it was.
+
     Raises:
         DataError: nothing is there, or it is of another kind or a newer format.
         CorruptArtifactError: config.json or the weights are not as they were written.
@@ -55,10 +57,11 @@ def load_module(folder: str | Path, kind: str, build: Callable[[dict[str, Any]],
             f"this release reads {FORMAT_VERSION}."
         )
     try:
-        module = build(values)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, only to be overwritten
+            module = build(values)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CorruptArtifactError(
-            f"{folder / CONFIG_FILE}: does not describe a {kind} ({type(error).__name__}: {error})."
+            f"{folder / CONFIG_FILE}: not a valid {kind} configuration ({type(error).__name__}: {error})."
         ) from error
     weights = _read_weights(folder / WEIGHTS_FILE, kind)
     _check_weights(weights, module.state_dict(), folder / WEIGHTS_FILE)
