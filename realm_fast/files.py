@@ -38,7 +38,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: no space left to write it ({free / 1e6:.1f} MB free). Nothing was overwritten; "
                 "free some space and run the same command again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
             raise DataError(f"{path}: not writable ({error.strerror}).") from error
         raise
 
