@@ -294,7 +294,8 @@ def _write_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
             # contiguous copies on the CPU: safetensors refuses views and shared storage
             tensors[f"{key}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
     names = "\n".join(name for name, _ in _named_parameters(optimizer))
-    save_file(tensors, str(path), metadata={"format": "pt", "parameters": names})
+    # one entry: safetensors writes several in no fixed order, and equal states shall be equal bytes
+    save_file(tensors, str(path), metadata={"parameters": names})
 
 
 def _read_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:

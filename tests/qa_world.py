@@ -1,11 +1,15 @@
 """A world of invented countries, small enough to learn in seconds: blocks, questions, a run folder.
 
-Each block tells a country's capital and river; a question asks for one of them. Retrieval must find the country, the
-reader must tell the capital from the river.
+Each block tells a country's capital and river; a question asks for one of them. Retrieval must find the
+country, the reader must tell the capital from the river.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+import torch
 
 from realm_fast.config import Config, load_config
 from realm_fast.corpus import build_corpus
@@ -13,11 +17,21 @@ from realm_fast.questions import Question
 from realm_fast.run_folder import RunFolder
 from realm_fast.token_store import TokenStore
 
-SYLLABLES = ["ar", "bo", "cu", "de", "fi", "go", "ha", "ke", "li", "mo", "nu", "pe", "ri", "so", "ta", "ve", "wu", "za"]
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are fastest on one thread, above all on a busy machine. Import it to use it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+SYLLABLES = [c + v for c, v in zip("bcdfghklmnprstvwz", "oueiaeiouiaeoaeua", strict=True)]
 WORDS = (
     "what is the capital of which river runs through a in and city lies on people live there it old town "
     "country has mountains many . , ? ' - ( ) 1 9 é"
-).split()
+)
 
 
 def _names(prefix: str, count: int) -> list[str]:
@@ -36,7 +50,7 @@ def write_vocabulary(folder: Path, count: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for row in countries(count) for name in row]
     pieces = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789é")]
-    words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *names, *pieces])
+    words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split(), *names, *pieces])
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
 
@@ -46,7 +60,9 @@ def questions(count: int) -> list[Question]:
     asked = []
     for i, (country, capital, river) in enumerate(countries(count)):
         asked.append(Question(f"capital/{i}", f"What is the capital of {country.capitalize()}?", [capital]))
-        asked.append(Question(f"river/{i}", f"Which river runs through {country.capitalize()}?", [river, "Rhine"]))
+        asked.append(
+            Question(f"river/{i}", f"Which river runs through {country.capitalize()}?", [river, "Rhine"])
+        )
     return asked
 
 
@@ -89,7 +105,9 @@ def settings(folder: Path, *overrides: str) -> Config:
 
 
 def write_questions(path: Path, asked: list[Question]) -> Path:
-    lines = [json.dumps({"id": q.id, "question": q.text, "answer": q.answers}, ensure_ascii=False) for q in asked]
+    lines = [
+        json.dumps({"id": q.id, "question": q.text, "answer": q.answers}, ensure_ascii=False) for q in asked
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
