@@ -9,6 +9,8 @@ namespace py = pybind11;
 namespace realm_fast {
 void bind_linear_marginal_ce(py::module_& m);
 void bind_marginal_lse(py::module_& m);
+void bind_mips_topk(py::module_& m);
+void bind_roofline(py::module_& m);
 }  // namespace realm_fast
 
 PYBIND11_MODULE(_native, m) {
@@ -43,4 +45,6 @@ PYBIND11_MODULE(_native, m) {
   });
   realm_fast::bind_linear_marginal_ce(m);
   realm_fast::bind_marginal_lse(m);
+  realm_fast::bind_mips_topk(m);
+  realm_fast::bind_roofline(m);
 }

@@ -1,0 +1,921 @@
+// The search around the kernels: packing queries, handing out panels, keeping candidates, merging.
+//
+// Every worker keeps a reservoir per query. A reservoir holds the best rows it has seen, plus those since its
+// last compaction; a compaction keeps the k best and raises the query's threshold, which all workers share.
+// The threshold never exceeds the k-th best key seen by anyone, so that no result can be lost, whatever the
+// order in which workers take panels: the outcome is the same for every number of threads.
+#include "mips_topk/mips_topk.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <utility>
+#ifdef REALM_FAST_X86
+#include <xmmintrin.h>
+#endif
+
+#include "core/cpu.h"
+#include "core/parallel.h"
+#include "mips_topk/kernels.h"
+
+namespace realm_fast::mips {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // thresholds start here: > -inf passes
+constexpr int64_t kQueriesPerPass = 1024;
+constexpr int64_t kReservoirBytes = int64_t{1} << 29;  // all workers together
+constexpr int64_t kCandidateBudget = 4096;
+constexpr double kUnit = 0x1p-24;  // half the distance from 1 to the next float32
+
+// Flush-to-zero and rounding modes are per thread: what the caller's thread has set must not decide the bits.
+class DefaultFloatEnvironment {
+#ifdef REALM_FAST_X86
+ public:
+  DefaultFloatEnvironment() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatEnvironment() { _mm_setcsr(saved_); }
+  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
+  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+ private:
+  unsigned saved_;
+#else
+ public:
+  DefaultFloatEnvironment() {}
+#endif
+};
+
+template <class T>
+struct Aligned {
+  T* data = nullptr;
+  explicit Aligned(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
+    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (data == nullptr) throw std::bad_alloc();
+    std::memset(static_cast<void*>(data), 0, bytes);
+  }
+  Aligned(Aligned&& other) noexcept : data(std::exchange(other.data, nullptr)) {}
+  Aligned& operator=(Aligned&&) = delete;
+  ~Aligned() { std::free(data); }
+};
+
+// (score, key) as one integer: greater is better, so that equal scores fall to the lower key. No score below
+// the lowest finite one is ever packed, hence no packed value is 0.
+uint64_t pack_result(float score, uint32_t key) {
+  const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 and 0 are equal: one representation
+  const uint32_t ordered = bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
+  return (static_cast<uint64_t>(ordered) << 32) | static_cast<uint32_t>(~key);
+}
+float score_of(uint64_t packed) {
+  const uint32_t ordered = static_cast<uint32_t>(packed >> 32);
+  return std::bit_cast<float>(ordered ^ ((ordered >> 31) != 0 ? 0x80000000u : 0xffffffffu));
+}
+uint32_t key_of(uint64_t packed) { return ~static_cast<uint32_t>(packed); }
+
+// Raises `shared` to at least `value`; returns what it then holds.
+template <class T>
+T raise_to(std::atomic<T>& shared, T value) {
+  T seen = shared.load(std::memory_order_relaxed);
+  while (seen < value) {
+    if (shared.compare_exchange_weak(seen, value, std::memory_order_relaxed)) return value;
+  }
+  return seen;
+}
+
+struct KernelSet {
+  const Kernels* base;
+  void (*scan[3])(const ScanRun&);  // by Dtype
+  int query_step_bytes[3];
+};
+
+KernelSet choose_kernels() {
+  const CpuFeatures features = cpu_features();
+  const Kernels* base = &generic_kernels();
+  const Kernels* int8 = base;
+#ifdef REALM_FAST_X86
+  if (features.avx2) base = int8 = &avx2_kernels();
+  if (features.avx512) base = &avx512_kernels();
+#endif
+  KernelSet set{base,
+                {base->scan_float32, base->scan_bfloat16, int8->scan_int8},
+                {kStepBytes, base->bfloat16_query_step_bytes, int8->int8_query_step_bytes}};
+#ifdef REALM_FAST_X86
+  if (features.avx512bf16) {
+    set.scan[1] = scan_bfloat16_avx512bf16;
+    set.query_step_bytes[1] = 4;
+  }
+  if (features.avx512vnni) {
+    set.scan[2] = scan_int8_avx512vnni;
+    set.query_step_bytes[2] = 4;
+  }
+#endif
+  (void)features;
+  return set;
+}
+
+// The width the kernel uses for the last `rest` queries; what is added is a dummy that no score reaches.
+int tail_width(int64_t rest) {
+  return rest == 0 || rest > 4 ? kGroupQueries : rest == 3 ? 4 : static_cast<int>(rest);
+}
+
+// How far a scan's score may be from the float32 answer: residual_norm * a + norm * b + c (see
+// docs/ops/mips_topk.md).
+struct ErrorBound {
+  float a, b, c;
+  float scale;     // the kernel's scores times this are scores
+  bool certified;  // false: the query must be answered in float32
+};
+
+struct PackedQueries {
+  Aligned<char> data;
+  Aligned<int32_t> offset;
+  std::vector<ErrorBound> bound;
+  int64_t num_queries, padded, num_groups;
+  int last_width;
+};
+
+double gamma(double roundings) { return roundings * kUnit / (1 - roundings * kUnit); }
+
+PackedQueries pack_queries(Dtype dtype, const KernelSet& kernels, const float* queries, int64_t num_queries,
+                           int64_t dim) {
+  const int64_t steps = steps_of(dtype, dim);
+  const int step_bytes = kernels.query_step_bytes[static_cast<int>(dtype)];
+  const int64_t num_groups = (num_queries + kGroupQueries - 1) / kGroupQueries;
+  const int last_width = tail_width(num_queries % kGroupQueries);
+  const int64_t padded = num_groups * kGroupQueries;
+  PackedQueries packed{Aligned<char>(padded * steps * step_bytes),
+                       Aligned<int32_t>(padded),
+                       {},
+                       num_queries,
+                       padded,
+                       num_groups,
+                       last_width};
+  packed.bound.assign(padded, {0, 0, 0, 1, true});
+  std::vector<uint16_t> bfloat16(dim);
+  std::vector<int8_t> int8(dim);
+  for (int64_t q = 0; q < num_queries; ++q) {
+    const int64_t group = q / kGroupQueries;
+    const int64_t width = group + 1 == num_groups ? last_width : kGroupQueries;
+    char* out =
+        packed.data.data + group * steps * kGroupQueries * step_bytes + (q % kGroupQueries) * step_bytes;
+    const int64_t stride = width * step_bytes;
+    const float* values = queries + q * dim;
+    if (dtype == Dtype::float32) {
+      for (int64_t d = 0; d < dim; ++d) std::memcpy(out + d * stride, values + d, sizeof(float));
+      continue;
+    }
+    double norm = 0;
+    for (int64_t d = 0; d < dim; ++d) norm += static_cast<double>(values[d]) * values[d];
+    ErrorBound& bound = packed.bound[q];
+    if (!(norm < 1e60)) {  // not finite, or so large that float32 products could overflow
+      bound.certified = false;
+      continue;
+    }
+    QuantisedQuery quantised;
+    double scan_error;
+    if (dtype == Dtype::bfloat16) {
+      quantised = quantise_bfloat16(values, dim, bfloat16.data());
+      for (int64_t d = 0; d < dim; ++d) {
+        if (step_bytes == 4) {
+          std::memcpy(out + (d / 2) * stride + (d % 2) * 2, &bfloat16[d], 2);
+        } else {
+          const uint32_t bits = static_cast<uint32_t>(bfloat16[d]) << 16;
+          std::memcpy(out + (d / 2) * stride + (d % 2) * 4, &bits, 4);
+        }
+      }
+      scan_error = gamma(2.0 * static_cast<double>(dim) + 6);
+    } else {
+      quantised = quantise_int8(values, dim, int8.data());
+      int32_t sum = 0;
+      for (int64_t d = 0; d < dim; ++d) {
+        sum += int8[d];
+        if (step_bytes == 4) {
+          std::memcpy(out + (d / 4) * stride + d % 4, &int8[d], 1);
+        } else {
+          const int16_t value = int8[d];
+          std::memcpy(out + (d / 4) * stride + (d % 4) * 2, &value, 2);
+        }
+      }
+      packed.offset.data[q] = -128 * sum;
+      scan_error = gamma(6);
+    }
+    // |s32 - s| <= |q| r + |q - q~| n + answer_error |q| (n + r) + scan_error |q~| n + underflow
+    const double answer_error = gamma(static_cast<double>(dim) + 3);
+    const double quantised_norm = quantised.norm + quantised.residual;
+    constexpr double kInflate = 1 + 0x1p-18;  // the bound itself is evaluated in float32
+    bound.scale = quantised.scale;
+    bound.a = static_cast<float>(kInflate * quantised.norm * (1 + answer_error));
+    bound.b = static_cast<float>(kInflate * (quantised.residual + answer_error * quantised.norm +
+                                             (scan_error + 4 * kUnit) * quantised_norm));
+    bound.c = static_cast<float>((4.0 * static_cast<double>(dim) + 64) * 0x1p-126);
+  }
+  return packed;
+}
+
+float to_float(RowType type, const void* data, int64_t i) {
+  if (type == RowType::bfloat16) {
+    return std::bit_cast<float>(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[i]) << 16);
+  }
+  const uint16_t half = static_cast<const uint16_t*>(data)[i];
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Scaling by 2^112 makes normal and subnormal halves alike.
+  const float value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) | sign);
+}
+
+// Makes float32 panels out of rows, 48 at a time.
+class RowPacker {
+ public:
+  RowPacker(const Kernels& kernels, int64_t dim)
+      : kernels_(kernels),
+        dim_(dim),
+        panel_(dim * kPanelRows),
+        nan_(dim, std::numeric_limits<float>::quiet_NaN()) {}
+
+  const float* pack(const RowMatrix& matrix, int64_t first_row) {
+    const float* rows[kPanelRows];
+    for (int i = 0; i < kPanelRows; ++i) {
+      const int64_t row = first_row + i;
+      if (row >= matrix.num_rows) {
+        rows[i] = nan_.data();
+      } else if (matrix.type == RowType::float32) {
+        rows[i] = static_cast<const float*>(matrix.data) + row * matrix.row_stride;
+      } else {
+        if (converted_.empty()) converted_.resize(kPanelRows * dim_);
+        float* out = converted_.data() + i * dim_;
+        for (int64_t d = 0; d < dim_; ++d)
+          out[d] = to_float(matrix.type, matrix.data, row * matrix.row_stride + d);
+        rows[i] = out;
+      }
+    }
+    return pack(rows);
+  }
+
+  // Missing rows are null.
+  const float* pack(const float* (&rows)[kPanelRows]) {
+    for (const float*& row : rows) row = row == nullptr ? nan_.data() : row;
+    kernels_.pack_float32(rows, dim_, panel_.data);
+    return panel_.data;
+  }
+
+ private:
+  const Kernels& kernels_;
+  int64_t dim_;
+  Aligned<float> panel_;
+  std::vector<float> nan_, converted_;
+};
+
+// Where rows come from: panels, or plain float32 rows that are packed on the way.
+struct Stretch {
+  const Slab* slab = nullptr;
+  const RowMatrix* matrix = nullptr;
+  int64_t first_row = 0;  // in the segment
+  int64_t num_rows = 0;
+  int64_t slab_row = 0;  // where it begins in the slab or matrix; a multiple of 48
+};
+
+struct Task {
+  int32_t stretch;
+  int64_t first_panel, num_panels;  // in the slab or matrix
+  int64_t first_group, end_group;
+};
+
+struct Candidate {  // of a certified scan
+  float lower, upper;
+  uint32_t key, row;
+};
+
+// One pass: one block of queries over one segment of rows.
+struct Pass {
+  const Search& search;
+  const IndexSearch* index;  // null: a plain search over rows
+  const KernelSet& kernels;
+  Dtype dtype;
+  bool certify;
+  int64_t first_query, num_queries;  // of search.queries
+  const PackedQueries& packed;
+  std::vector<Stretch> stretches;
+  std::vector<std::vector<uint32_t>> excluded;    // sorted keys of this segment, by query; empty: none at all
+  int64_t segment_row;                            // the segment's first row
+  std::unique_ptr<std::atomic<uint64_t>[]> best;  // packed: a lower bound of the k-th result
+  std::unique_ptr<std::atomic<float>[]> certain;  // certified: a lower bound of the k-th score
+  std::unique_ptr<std::atomic<bool>[]> overflowed;  // certified: the query must fall back
+  std::atomic<bool> out_of_memory{false};
+  int64_t capacity, budget;
+
+  const uint32_t* key_of_row() const { return index != nullptr ? index->key_of_row : nullptr; }
+};
+
+bool is_excluded(const Pass& pass, int64_t query, uint32_t key) {
+  return !pass.excluded.empty() &&
+         std::binary_search(pass.excluded[query].begin(), pass.excluded[query].end(), key);
+}
+
+struct Worker {
+  explicit Worker(Pass& p)
+      : pass(p),
+        threshold(p.packed.padded),
+        best(p.certify ? 0 : p.packed.padded, 0),
+        results(p.certify ? 0 : p.num_queries),
+        certain(p.certify ? p.packed.padded : 0, -kInfinity),
+        candidates(p.certify ? p.num_queries : 0) {}
+
+  Pass& pass;
+  Aligned<float> threshold;
+  std::vector<uint64_t> best;
+  std::vector<std::vector<uint64_t>> results;
+  std::vector<float> certain;
+  std::vector<std::vector<Candidate>> candidates;
+  std::vector<float> scratch;
+  std::unique_ptr<RowPacker> packer;
+  const Slab* slab = nullptr;
+  int64_t run_row = 0;       // the segment row of the run's first panel
+  int64_t run_slab_row = 0;  // its row in the slab
+  float bounds[2] = {0, 0};  // the task's largest residual norm and norm
+
+  // The least score that can still matter once rows before `row` are done.
+  void set_threshold(int64_t query, int64_t row) {
+    const uint64_t packed = best[query];
+    if (packed == 0) {
+      threshold.data[query] = kLowest;
+      return;
+    }
+    const float score = score_of(packed);
+    const float scale = pass.packed.bound[query].scale;
+    if (scale != 1.0f) {  // the kernel compares before scaling: leave room for the rounding
+      const float least = score / scale;
+      threshold.data[query] = least - std::abs(least) * 0x1p-20f - std::numeric_limits<float>::min();
+      return;
+    }
+    // Where keys are rows, a later row must do better than a tie.
+    const bool ties_lose = pass.key_of_row() == nullptr && row > key_of(packed);
+    threshold.data[query] = ties_lose ? std::nextafter(score, kInfinity) : score;
+  }
+
+  void compact(int64_t query, int64_t next_row) {
+    std::vector<uint64_t>& kept = results[query];
+    const auto kth = kept.begin() + (pass.search.k - 1);
+    std::nth_element(kept.begin(), kth, kept.end(), std::greater<>());
+    const uint64_t value = *kth;
+    kept.resize(pass.search.k);
+    best[query] = raise_to(pass.best[query], value);
+    set_threshold(query, next_row);
+  }
+
+  void accept(int64_t query, int64_t panel, uint64_t mask, const float* scores) {
+    const int64_t panel_row = run_row + panel * kPanelRows;
+    const uint32_t* keys = pass.key_of_row();
+    std::vector<uint64_t>& kept = results[query];
+    const float scale = pass.packed.bound[query].scale;
+    for (; mask != 0; mask &= mask - 1) {
+      const int lane = std::countr_zero(mask);
+      const int64_t row = panel_row + lane;
+      const uint32_t key = keys != nullptr ? keys[row] : static_cast<uint32_t>(row);
+      const uint64_t result = pack_result(scores[lane] * scale, key);
+      if (result <= best[query] || is_excluded(pass, query, key)) continue;
+      kept.push_back(result);
+      if (static_cast<int64_t>(kept.size()) >= pass.capacity) compact(query, panel_row + kPanelRows);
+    }
+  }
+
+  // The kernel's scores below this cannot reach the certain k-th score, whatever their error.
+  void set_certified_threshold(int64_t query) {
+    const ErrorBound& bound = pass.packed.bound[query];
+    if (pass.overflowed[query].load(std::memory_order_relaxed)) {
+      threshold.data[query] = kInfinity;
+      return;
+    }
+    if (certain[query] == -kInfinity) {
+      threshold.data[query] = kLowest;
+      return;
+    }
+    const double error =
+        static_cast<double>(bound.a) * bounds[0] + static_cast<double>(bound.b) * bounds[1] + bound.c;
+    const double least = (certain[query] - error * (1 + 0x1p-18)) / bound.scale;
+    const double rounded_down = least - std::abs(least) * 0x1p-20 - 0x1p-120 / bound.scale;
+    threshold.data[query] =
+        rounded_down > kLowest ? std::nextafter(static_cast<float>(rounded_down), -kInfinity) : kLowest;
+  }
+
+  // Drops what can no longer be a result; a query with too many left gives up.
+  void compact_certified(int64_t query) {
+    std::vector<Candidate>& kept = candidates[query];
+    scratch.resize(kept.size());
+    for (size_t i = 0; i < kept.size(); ++i) scratch[i] = kept[i].lower;
+    const auto kth = scratch.begin() + (pass.search.k - 1);
+    std::nth_element(scratch.begin(), kth, scratch.end(), std::greater<>());
+    certain[query] = raise_to(pass.certain[query], *kth);
+    const float least = certain[query];
+    std::erase_if(kept, [least](const Candidate& c) { return c.upper < least; });
+    if (static_cast<int64_t>(kept.size()) > pass.budget) {
+      pass.overflowed[query].store(true, std::memory_order_relaxed);
+      kept = {};
+    }
+    set_certified_threshold(query);
+  }
+
+  void accept_certified(int64_t query, int64_t panel, uint64_t mask, const float* scores) {
+    if (pass.overflowed[query].load(std::memory_order_relaxed)) return;
+    const int64_t panel_row = run_row + panel * kPanelRows;
+    const int64_t slab_row = run_slab_row + panel * kPanelRows;
+    const uint32_t* keys = pass.key_of_row();
+    const ErrorBound& bound = pass.packed.bound[query];
+    std::vector<Candidate>& kept = candidates[query];
+    for (; mask != 0; mask &= mask - 1) {
+      const int lane = std::countr_zero(mask);
+      const int64_t row = panel_row + lane;
+      const uint32_t key = keys != nullptr ? keys[row] : static_cast<uint32_t>(row);
+      const float score = scores[lane] * bound.scale;
+      const float error =
+          bound.a * slab->residual_norm[slab_row + lane] + bound.b * slab->norm[slab_row + lane] + bound.c;
+      const float upper = score + error;
+      if (upper < certain[query] || is_excluded(pass, query, key)) continue;
+      kept.push_back({score - error, upper, key, static_cast<uint32_t>(row)});
+      // Twice what the last compaction left, at least: amortised, a candidate is compacted a few times.
+      if (static_cast<int64_t>(kept.size()) >= pass.capacity && kept.size() == kept.capacity()) {
+        compact_certified(query);
+        if (pass.overflowed[query].load(std::memory_order_relaxed)) return;
+        kept.reserve(std::max<size_t>(2 * kept.size(), pass.capacity));
+      }
+    }
+  }
+
+  static void accept_thunk(void* worker, int64_t query, int64_t panel, uint64_t mask, const float* scores) {
+    static_cast<Worker*>(worker)->accept(query, panel, mask, scores);
+  }
+  static void accept_certified_thunk(void* worker, int64_t query, int64_t panel, uint64_t mask,
+                                     const float* scores) {
+    static_cast<Worker*>(worker)->accept_certified(query, panel, mask, scores);
+  }
+
+  void run(const Task& task) {
+    const Stretch& stretch = pass.stretches[task.stretch];
+    const int64_t steps = steps_of(pass.dtype, pass.search.dim);
+    const int64_t panel_bytes = steps * kPanelRows * kStepBytes;
+    run_slab_row = task.first_panel * kPanelRows;
+    run_row = stretch.first_row + run_slab_row - stretch.slab_row;
+    slab = stretch.slab;
+    if (pass.certify) {
+      bounds[0] = bounds[1] = 0;
+      for (int64_t p = task.first_panel; p < task.first_panel + task.num_panels; ++p) {
+        bounds[0] = std::max(bounds[0], slab->panel_bounds[2 * p]);
+        bounds[1] = std::max(bounds[1], slab->panel_bounds[2 * p + 1]);
+      }
+    }
+    const int64_t first_query = task.first_group * kGroupQueries;
+    const int64_t end_query = task.end_group * kGroupQueries;
+    for (int64_t q = first_query; q < end_query; ++q) {
+      if (q >= pass.num_queries || (!pass.certify && !pass.packed.bound[q].certified)) {
+        threshold.data[q] = kInfinity;
+      } else if (pass.certify) {
+        const ErrorBound& bound = pass.packed.bound[q];
+        if (!(bound.a * bounds[0] + bound.b * bounds[1] < 1e37f) ||
+            !(static_cast<double>(bound.a) * (bounds[1] + static_cast<double>(bounds[0])) < 1e37)) {
+          pass.overflowed[q].store(true, std::memory_order_relaxed);  // float32 scores could overflow
+        }
+        certain[q] = pass.certain[q].load(std::memory_order_relaxed);
+        set_certified_threshold(q);
+      } else {
+        best[q] = pass.best[q].load(std::memory_order_relaxed);
+        set_threshold(q, run_row);
+      }
+    }
+    ScanRun scan{
+        .panels = nullptr,
+        .panel_bytes = panel_bytes,
+        .num_panels = task.num_panels,
+        .steps = steps,
+        .queries = pass.packed.data.data,
+        .first_group = task.first_group,
+        .end_group = task.end_group,
+        .num_groups = pass.packed.num_groups,
+        .last_width = pass.packed.last_width,
+        .query_offset = pass.packed.offset.data,
+        .row_scale = nullptr,
+        .threshold = threshold.data,
+        .accept = pass.certify ? accept_certified_thunk : accept_thunk,
+        .context = this,
+    };
+    const auto kernel = pass.kernels.scan[static_cast<int>(pass.dtype)];
+    if (slab != nullptr) {
+      scan.panels = static_cast<const char*>(slab->panels) + task.first_panel * panel_bytes;
+      if (slab->scale != nullptr) scan.row_scale = slab->scale + run_slab_row;
+      kernel(scan);
+      return;
+    }
+    if (packer == nullptr) packer = std::make_unique<RowPacker>(*pass.kernels.base, pass.search.dim);
+    scan.num_panels = 1;
+    for (int64_t p = 0; p < task.num_panels; ++p) {
+      scan.panels = reinterpret_cast<const char*>(packer->pack(*stretch.matrix, run_slab_row));
+      kernel(scan);
+      run_row += kPanelRows;
+      run_slab_row += kPanelRows;
+    }
+  }
+};
+
+std::vector<Task> make_tasks(const Pass& pass) {
+  const int64_t panel_bytes = steps_of(pass.dtype, pass.search.dim) * kPanelRows * kStepBytes;
+  const int64_t threads = std::max(pass.search.num_threads, 1);
+  int64_t total_panels = 0;
+  for (const Stretch& s : pass.stretches) total_panels += (s.num_rows + kPanelRows - 1) / kPanelRows;
+  const int64_t longest = std::max<int64_t>(16, (int64_t{1} << 20) / std::max<int64_t>(panel_bytes, 1));
+  const int64_t chunk = std::clamp<int64_t>(total_panels / (threads * 8), 1, longest);
+  // Few panels and many queries: split the queries too.
+  const int64_t chunks = (total_panels + chunk - 1) / chunk;
+  const int64_t groups = pass.packed.num_groups;
+  const int64_t parts =
+      threads == 1 ? 1 : std::clamp<int64_t>(threads * 4 / std::max<int64_t>(chunks, 1), 1, (groups + 3) / 4);
+  const int64_t part_groups = (groups + parts - 1) / parts;
+  std::vector<Task> tasks;
+  for (size_t s = 0; s < pass.stretches.size(); ++s) {
+    const Stretch& stretch = pass.stretches[s];
+    const int64_t first = stretch.slab_row / kPanelRows;
+    const int64_t end = first + (stretch.num_rows + kPanelRows - 1) / kPanelRows;
+    for (int64_t p = first; p < end; p += chunk) {
+      for (int64_t g = 0; g < groups; g += part_groups) {
+        tasks.push_back(
+            {static_cast<int32_t>(s), p, std::min(chunk, end - p), g, std::min(g + part_groups, groups)});
+      }
+    }
+  }
+  return tasks;
+}
+
+// Float32 scores of single rows, by the scan's own kernel: the same bits.
+class Rescorer {
+ public:
+  Rescorer(const KernelSet& kernels, int64_t dim)
+      : kernels_(kernels), dim_(dim), packer_(*kernels.base, dim) {}
+
+  // scores[i] of rows[i] (at most 48); rows that do not score above -inf keep -inf.
+  void score(const float* query, const float* (&rows)[kPanelRows], float (&scores)[kPanelRows]) {
+    for (float& score : scores) score = -kInfinity;
+    threshold_ = kLowest;
+    const ScanRun scan{
+        .panels = reinterpret_cast<const char*>(packer_.pack(rows)),
+        .panel_bytes = dim_ * kPanelRows * kStepBytes,
+        .num_panels = 1,
+        .steps = dim_,
+        .queries = reinterpret_cast<const char*>(query),  // a group of one query is the query itself
+        .first_group = 0,
+        .end_group = 1,
+        .num_groups = 1,
+        .last_width = 1,
+        .query_offset = nullptr,
+        .row_scale = nullptr,
+        .threshold = &threshold_,
+        .accept =
+            [](void* out, int64_t, int64_t, uint64_t mask, const float* found) {
+              for (; mask != 0; mask &= mask - 1) {
+                const int lane = std::countr_zero(mask);
+                static_cast<float*>(out)[lane] = found[lane];
+              }
+            },
+        .context = scores,
+    };
+    kernels_.scan[0](scan);
+  }
+
+ private:
+  const KernelSet& kernels_;
+  int64_t dim_;
+  RowPacker packer_;
+  float threshold_ = kLowest;
+};
+
+const float* original_row(const std::vector<Stretch>& stretches, int64_t segment_row, int64_t dim) {
+  for (const Stretch& s : stretches) {
+    if (segment_row >= s.first_row && segment_row < s.first_row + s.num_rows) {
+      return s.slab->originals + (s.slab_row + segment_row - s.first_row) * dim;
+    }
+  }
+  return nullptr;
+}
+
+// The results of one query of one pass, best first.
+void write_results(const Pass& pass, std::vector<uint64_t>& results, float* scores, int64_t* keys) {
+  const int64_t k = pass.search.k;
+  const int64_t found = std::min<int64_t>(k, static_cast<int64_t>(results.size()));
+  if (found < static_cast<int64_t>(results.size())) {
+    std::nth_element(results.begin(), results.begin() + found, results.end(), std::greater<>());
+  }
+  std::sort(results.begin(), results.begin() + found, std::greater<>());
+  for (int64_t j = 0; j < found; ++j) {
+    scores[j] = score_of(results[j]);
+    keys[j] = pass.segment_row + key_of(results[j]);
+  }
+  std::fill(scores + found, scores + k, -kInfinity);
+  std::fill(keys + found, keys + k, int64_t{-1});
+}
+
+// Merges b into a; both best first, a's rows before b's.
+void merge_results(int64_t k, float* a_scores, int64_t* a_keys, const float* b_scores,
+                   const int64_t* b_keys) {
+  std::vector<float> scores(a_scores, a_scores + k);
+  std::vector<int64_t> keys(a_keys, a_keys + k);
+  for (int64_t i = 0, j = 0, out = 0; out < k; ++out) {
+    const bool from_a = scores[i] >= b_scores[j];
+    a_scores[out] = from_a ? scores[i] : b_scores[j];
+    a_keys[out] = from_a ? keys[i] : b_keys[j];
+    ++(from_a ? i : j);
+  }
+}
+
+struct Driver {
+  const Search& search;
+  const IndexSearch* index = nullptr;    // null: a search over plain rows
+  std::vector<RowMatrix> matrices = {};  // instead of the index's slabs
+  SearchStats stats = {};
+  KernelSet kernels = choose_kernels();
+
+  bool certified() const {
+    return matrices.empty() && index != nullptr && index->dtype != Dtype::float32 && index->exact;
+  }
+
+  // Stretches of at most max_segment_rows rows in all, by segment.
+  std::vector<std::vector<Stretch>> segments() const {
+    std::vector<std::vector<Stretch>> result(1);
+    const int64_t limit = std::max<int64_t>(search.max_segment_rows / kPanelRows, 1) * kPanelRows;
+    int64_t used = 0;
+    const auto add = [&](const Slab* slab, const RowMatrix* rows, int64_t num_rows) {
+      for (int64_t done = 0; done < num_rows;) {
+        if (limit - used < kPanelRows) {
+          result.emplace_back();
+          used = 0;
+        }
+        const int64_t take = std::min(num_rows - done, (limit - used) / kPanelRows * kPanelRows);
+        result.back().push_back({slab, rows, used, take, done});
+        done += take;
+        // A segment's rows are numbered without gaps over slabs: padding takes no number.
+        used += take;
+      }
+    };
+    for (const RowMatrix& matrix : matrices) add(nullptr, &matrix, matrix.num_rows);
+    if (matrices.empty() && index != nullptr) {
+      for (const Slab& slab : index->slabs) add(&slab, nullptr, slab.num_rows);
+    }
+    return result;
+  }
+
+  std::vector<std::vector<uint32_t>> excluded_keys(int64_t first_query, int64_t count, int64_t segment_row,
+                                                   int64_t segment_rows) const {
+    if (search.num_excluded == 0) return {};
+    std::vector<std::vector<uint32_t>> result(count);
+    for (int64_t q = 0; q < count; ++q) {
+      const int64_t* keys = search.excluded + (first_query + q) * search.num_excluded;
+      for (int64_t e = 0; e < search.num_excluded; ++e) {
+        const int64_t key = keys[e] - segment_row;
+        if (keys[e] >= 0 && key >= 0 && key < segment_rows) result[q].push_back(static_cast<uint32_t>(key));
+      }
+      std::sort(result[q].begin(), result[q].end());
+    }
+    return result;
+  }
+
+  bool run() {
+    const DefaultFloatEnvironment environment;
+    if (search.num_queries == 0 || search.k == 0) return true;
+    std::fill(search.scores, search.scores + search.num_queries * search.k, -kInfinity);
+    std::fill(search.keys, search.keys + search.num_queries * search.k, int64_t{-1});
+    const std::vector<std::vector<Stretch>> parts = segments();
+    if (index != nullptr && index->key_of_row != nullptr && parts.size() > 1) {
+      throw std::invalid_argument("an index of so many rows needs its ids in ascending order");
+    }
+    int64_t total_rows = 0;
+    for (const auto& part : parts) {
+      for (const Stretch& s : part) total_rows += s.num_rows;
+    }
+    if (certified() && search.k >= std::max<int64_t>(total_rows / 4, 1)) return scan_originals_for_all();
+    const int64_t threads = std::max(search.num_threads, 1);
+    const int64_t capacity = 2 * std::min(search.k, total_rows) + 32;
+    const int64_t bytes_per_query =
+        capacity * (certified() ? int64_t{sizeof(Candidate)} : int64_t{8}) * threads;
+    const int64_t block = std::clamp<int64_t>(
+        kReservoirBytes / bytes_per_query / kGroupQueries * kGroupQueries, kGroupQueries, kQueriesPerPass);
+    std::vector<int64_t> fallen;
+    for (int64_t q = 0; q < search.num_queries; q += block) {
+      const int64_t count = std::min(block, search.num_queries - q);
+      if (!search_block(parts, q, count, capacity, fallen)) return false;
+    }
+    return fallen.empty() || scan_originals(fallen);
+  }
+
+  bool search_block(const std::vector<std::vector<Stretch>>& parts, int64_t first, int64_t count,
+                    int64_t capacity, std::vector<int64_t>& fallen) {
+    const Dtype dtype = index != nullptr && matrices.empty() ? index->dtype : Dtype::float32;
+    const PackedQueries packed =
+        pack_queries(dtype, kernels, search.queries + first * search.dim, count, search.dim);
+    std::vector<bool> has_fallen(count, false);
+    int64_t segment_row = 0;
+    for (size_t part = 0; part < parts.size(); ++part) {
+      int64_t rows = 0;
+      for (const Stretch& s : parts[part]) rows += s.num_rows;
+      Pass pass{.search = search,
+                .index = index,
+                .kernels = kernels,
+                .dtype = dtype,
+                .certify = certified(),
+                .first_query = first,
+                .num_queries = count,
+                .packed = packed,
+                .stretches = parts[part],
+                .excluded = excluded_keys(first, count, segment_row, rows),
+                .segment_row = segment_row,
+                .best = std::make_unique<std::atomic<uint64_t>[]>(packed.padded),
+                .certain = std::make_unique<std::atomic<float>[]>(packed.padded),
+                .overflowed = std::make_unique<std::atomic<bool>[]>(packed.padded),
+                .capacity = capacity,
+                .budget = index != nullptr && index->max_candidates > 0
+                              ? std::max(index->max_candidates, search.k)
+                              : std::max(kCandidateBudget, 16 * search.k)};
+      for (int64_t q = 0; q < packed.padded; ++q) {
+        pass.certain[q].store(-kInfinity, std::memory_order_relaxed);
+        pass.overflowed[q].store(has_fallen_or_uncertified(pass, q, has_fallen), std::memory_order_relaxed);
+      }
+      if (!scan(pass, part > 0, has_fallen)) return false;
+      segment_row += rows;
+    }
+    for (int64_t q = 0; q < count; ++q) {
+      if (has_fallen[q]) fallen.push_back(first + q);
+    }
+    return true;
+  }
+
+  static bool has_fallen_or_uncertified(const Pass& pass, int64_t q, const std::vector<bool>& has_fallen) {
+    return q < pass.num_queries && (has_fallen[q] || !pass.packed.bound[q].certified);
+  }
+
+  bool scan(Pass& pass, bool merge, std::vector<bool>& has_fallen) {
+    const std::vector<Task> tasks = make_tasks(pass);
+    const int threads = static_cast<int>(
+        std::clamp<int64_t>(static_cast<int64_t>(tasks.size()), 1, std::max(search.num_threads, 1)));
+    std::vector<std::unique_ptr<Worker>> workers(threads);
+    for (auto& worker : workers) worker = std::make_unique<Worker>(pass);
+    const bool completed = parallel_for(
+        static_cast<int64_t>(tasks.size()), threads,
+        [&](int64_t task, int worker) {
+          if (pass.out_of_memory.load(std::memory_order_relaxed)) return;
+          const DefaultFloatEnvironment environment;
+          try {
+            workers[worker]->run(tasks[task]);
+          } catch (const std::bad_alloc&) {
+            pass.out_of_memory.store(true, std::memory_order_relaxed);
+          }
+        },
+        search.poll);
+    if (!completed) return false;
+    std::atomic<int64_t> rescored{0};
+    constexpr int64_t kQueriesPerTask = 4;
+    const bool merged = parallel_for(
+        (pass.num_queries + kQueriesPerTask - 1) / kQueriesPerTask, threads,
+        [&](int64_t task, int) {
+          if (pass.out_of_memory.load(std::memory_order_relaxed)) return;
+          const DefaultFloatEnvironment environment;
+          try {
+            const int64_t end = std::min((task + 1) * kQueriesPerTask, pass.num_queries);
+            for (int64_t q = task * kQueriesPerTask; q < end; ++q) {
+              rescored.fetch_add(finish_query(pass, workers, q, merge), std::memory_order_relaxed);
+            }
+          } catch (const std::bad_alloc&) {
+            pass.out_of_memory.store(true, std::memory_order_relaxed);
+          }
+        },
+        search.poll);
+    if (pass.out_of_memory.load()) throw std::bad_alloc();
+    if (!merged) return false;
+    stats.rescored += rescored.load();
+    for (int64_t q = 0; pass.certify && q < pass.num_queries; ++q) {
+      if (pass.overflowed[q].load()) has_fallen[q] = true;
+    }
+    return true;
+  }
+
+  // Merges the workers' reservoirs of a query into its results; returns how many rows were re-scored.
+  int64_t finish_query(Pass& pass, std::vector<std::unique_ptr<Worker>>& workers, int64_t query, bool merge) {
+    std::vector<uint64_t> results;
+    int64_t rescored = 0;
+    if (pass.certify) {
+      if (pass.overflowed[query].load(std::memory_order_relaxed)) return 0;
+      rescored = rescore(pass, workers, query, results);
+      if (rescored < 0) return 0;
+    } else {
+      for (const auto& worker : workers) {
+        results.insert(results.end(), worker->results[query].begin(), worker->results[query].end());
+      }
+    }
+    const int64_t out = (pass.first_query + query) * search.k;
+    if (!merge) {
+      write_results(pass, results, search.scores + out, search.keys + out);
+    } else {
+      std::vector<float> scores(search.k);
+      std::vector<int64_t> keys(search.k);
+      write_results(pass, results, scores.data(), keys.data());
+      merge_results(search.k, search.scores + out, search.keys + out, scores.data(), keys.data());
+    }
+    return rescored;
+  }
+
+  int64_t rescore(Pass& pass, std::vector<std::unique_ptr<Worker>>& workers, int64_t query,
+                  std::vector<uint64_t>& results) {
+    std::vector<Candidate> candidates;
+    for (const auto& worker : workers) {
+      std::vector<Candidate>& from = worker->candidates[query];
+      candidates.insert(candidates.end(), from.begin(), from.end());
+      from = {};
+    }
+    if (static_cast<int64_t>(candidates.size()) > search.k) {
+      std::vector<float> lower(candidates.size());
+      for (size_t i = 0; i < candidates.size(); ++i) lower[i] = candidates[i].lower;
+      const auto kth = lower.begin() + (search.k - 1);
+      std::nth_element(lower.begin(), kth, lower.end(), std::greater<>());
+      const float least = *kth;
+      std::erase_if(candidates, [least](const Candidate& c) { return c.upper < least; });
+    }
+    int64_t segment_rows = 0;
+    for (const Stretch& s : pass.stretches) segment_rows += s.num_rows;
+    for (const int64_t irregular : index->irregular_rows) {
+      const int64_t row = irregular - pass.segment_row;
+      if (row < 0 || row >= segment_rows) continue;
+      const uint32_t key = index->key_of_row != nullptr ? index->key_of_row[row] : static_cast<uint32_t>(row);
+      if (!is_excluded(pass, query, key)) candidates.push_back({0, 0, key, static_cast<uint32_t>(row)});
+    }
+    Rescorer rescorer(kernels, search.dim);
+    const float* values = search.queries + (pass.first_query + query) * search.dim;
+    for (size_t begin = 0; begin < candidates.size(); begin += kPanelRows) {
+      const size_t end = std::min(begin + kPanelRows, candidates.size());
+      const float* rows[kPanelRows] = {};
+      for (size_t i = begin; i < end; ++i)
+        rows[i - begin] = original_row(pass.stretches, candidates[i].row, search.dim);
+      float scores[kPanelRows];
+      rescorer.score(values, rows, scores);
+      for (size_t i = begin; i < end; ++i) {
+        if (scores[i - begin] > -kInfinity)
+          results.push_back(pack_result(scores[i - begin], candidates[i].key));
+      }
+    }
+    return static_cast<int64_t>(candidates.size());
+  }
+
+  bool scan_originals_for_all() {
+    std::vector<int64_t> all(search.num_queries);
+    for (int64_t q = 0; q < search.num_queries; ++q) all[q] = q;
+    return scan_originals(all);
+  }
+
+  // Answers the named queries by a float32 scan of the original rows.
+  bool scan_originals(const std::vector<int64_t>& which) {
+    const int64_t count = static_cast<int64_t>(which.size());
+    std::vector<float> queries(count * search.dim), scores(count * search.k);
+    std::vector<int64_t> excluded(count * search.num_excluded), keys(count * search.k);
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(search.queries + which[i] * search.dim, search.dim, queries.data() + i * search.dim);
+      std::copy_n(search.excluded + which[i] * search.num_excluded, search.num_excluded,
+                  excluded.data() + i * search.num_excluded);
+    }
+    Search again = search;
+    again.queries = queries.data();
+    again.num_queries = count;
+    again.excluded = excluded.data();
+    again.scores = scores.data();
+    again.keys = keys.data();
+    std::vector<RowMatrix> rows;
+    for (const Slab& slab : index->slabs)
+      rows.push_back({slab.originals, slab.num_rows, search.dim, RowType::float32});
+    IndexSearch plain;
+    plain.key_of_row = index->key_of_row;
+    Driver driver{.search = again, .index = &plain, .matrices = std::move(rows)};
+    if (!driver.run()) return false;
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(scores.data() + i * search.k, search.k, search.scores + which[i] * search.k);
+      std::copy_n(keys.data() + i * search.k, search.k, search.keys + which[i] * search.k);
+    }
+    stats.fell_back += count;
+    return true;
+  }
+};
+
+}  // namespace
+
+bool topk_rows(const Search& search, const RowMatrix& blocks) {
+  Driver driver{.search = search, .matrices = {blocks}};
+  return driver.run();
+}
+
+bool topk_index(const Search& search, const IndexSearch& index, SearchStats& stats) {
+  Driver driver{.search = search, .index = &index};
+  const bool completed = driver.run();
+  stats = driver.stats;
+  return completed;
+}
+
+}  // namespace realm_fast::mips

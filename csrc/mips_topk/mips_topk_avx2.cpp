@@ -1,0 +1,266 @@
+// The AVX2 + FMA scan: a register tile of 24 rows (3 vectors) by 4 broadcast queries; half a panel by half a
+// group. float32 sums are the same fused chains as in AVX-512, so both levels return the same bits.
+#include <immintrin.h>
+
+#include "mips_topk/kernels.h"
+
+namespace realm_fast::mips {
+namespace {
+
+constexpr int kVectors = 3;  // of 8 rows
+constexpr int kTileRows = 8 * kVectors;
+
+[[gnu::always_inline]] inline float float_at(const char* p) {
+  float value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+[[gnu::always_inline]] inline int64_t int64_at(const char* p) {
+  int64_t value;
+  __builtin_memcpy(&value, p, sizeof value);
+  return value;
+}
+
+struct Float32Op {
+  static constexpr int kQueryStepBytes = 4;
+  static constexpr int kMaxWidth = 4;  // queries in a tile: 12 accumulators of 16 registers
+  struct Acc {
+    __m256 value;
+  };
+  [[gnu::always_inline]] static inline Acc start() { return {_mm256_setzero_ps()}; }
+
+  template <int W>
+  [[gnu::always_inline]] static inline void step(Acc (&acc)[W][kVectors], const char* panel,
+                                                 const char* queries) {
+    const __m256 rows[kVectors] = {_mm256_loadu_ps((const float*)panel),
+                                   _mm256_loadu_ps((const float*)(panel + 32)),
+                                   _mm256_loadu_ps((const float*)(panel + 64))};
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+      const __m256 query = _mm256_set1_ps(float_at(queries + 4 * w));
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) {
+        acc[w][v].value = _mm256_fmadd_ps(rows[v], query, acc[w][v].value);
+      }
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m256 finish(const ScanRun&, int64_t, int64_t, const Acc& acc) {
+    return acc.value;
+  }
+};
+
+struct Bfloat16Op {
+  static constexpr int kQueryStepBytes = 8;
+  static constexpr int kMaxWidth = 4;
+  using Acc = Float32Op::Acc;
+  [[gnu::always_inline]] static inline Acc start() { return {_mm256_setzero_ps()}; }
+
+  template <int W>
+  [[gnu::always_inline]] static inline void step(Acc (&acc)[W][kVectors], const char* panel,
+                                                 const char* queries) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      __m256 rows[kVectors];
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) {
+        const __m256i pair = _mm256_loadu_si256((const __m256i*)(panel + 32 * v));
+        rows[v] = _mm256_castsi256_ps(half == 0 ? _mm256_slli_epi32(pair, 16)
+                                                : _mm256_and_si256(pair, _mm256_set1_epi32(-65536)));
+      }
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        const __m256 query = _mm256_set1_ps(float_at(queries + 8 * w + 4 * half));
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) {
+          acc[w][v].value = _mm256_fmadd_ps(rows[v], query, acc[w][v].value);
+        }
+      }
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m256 finish(const ScanRun&, int64_t, int64_t, const Acc& acc) {
+    return acc.value;
+  }
+};
+
+// uint8 rows and int16 queries through vpmaddwd (vpmaddubsw would saturate). A step yields two partial sums a
+// row; they are folded at the end. Integers: exact in any order.
+struct Int8Op {
+  static constexpr int kQueryStepBytes = 8;
+  static constexpr int kMaxWidth = 2;  // two registers an accumulator
+  struct Acc {
+    __m256i low, high;  // rows 0..3 and 4..7, two sums each
+  };
+  [[gnu::always_inline]] static inline Acc start() {
+    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  }
+
+  template <int W>
+  [[gnu::always_inline]] static inline void step(Acc (&acc)[W][kVectors], const char* panel,
+                                                 const char* queries) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(panel + 32 * v)));
+      const __m256i high = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(panel + 32 * v + 16)));
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        const __m256i query = _mm256_set1_epi64x(int64_at(queries + 8 * w));
+        acc[w][v].low = _mm256_add_epi32(acc[w][v].low, _mm256_madd_epi16(low, query));
+        acc[w][v].high = _mm256_add_epi32(acc[w][v].high, _mm256_madd_epi16(high, query));
+      }
+    }
+  }
+
+  [[gnu::always_inline]] static inline __m256 finish(const ScanRun& run, int64_t query, int64_t row,
+                                                     const Acc& acc) {
+    // hadd interleaves the 128-bit halves: rows 0 1 4 5 | 2 3 6 7.
+    const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc.low, acc.high), 0xd8);
+    const __m256i total = _mm256_add_epi32(sums, _mm256_set1_epi32(run.query_offset[query]));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_loadu_ps(run.row_scale + row));
+  }
+};
+
+[[gnu::noinline]] void hand_over(const ScanRun& run, int64_t query, int width, int64_t panel, int first_row,
+                                 const float* scores) {
+  for (int w = 0; w < width; ++w) {
+    const __m256 threshold = _mm256_set1_ps(run.threshold[query + w]);
+    uint64_t mask = 0;
+    for (int v = 0; v < kVectors; ++v) {
+      const __m256 part = _mm256_load_ps(scores + w * kPanelRows + first_row + 8 * v);
+      mask |= (uint64_t)_mm256_movemask_ps(_mm256_cmp_ps(part, threshold, _CMP_GE_OQ)) << (first_row + 8 * v);
+    }
+    if (mask != 0) run.accept(run.context, query + w, panel, mask, scores + w * kPanelRows);
+  }
+}
+
+template <class Op, int W, int kStride>
+[[gnu::always_inline]] inline void tile(const ScanRun& run, const char* panel_data, const char* queries,
+                                        int64_t query, int64_t panel, int first_row) {
+  typename Op::Acc acc[W][kVectors];
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) acc[w][v] = Op::start();
+  }
+  const char* rows = panel_data + first_row * kStepBytes;
+  const int64_t steps = run.steps;
+  for (int64_t s = 0; s < steps; ++s) {
+    Op::template step<W>(acc, rows, queries);
+    rows += kPanelRows * kStepBytes;
+    queries += kStride * Op::kQueryStepBytes;
+  }
+  __m256 scores[W][kVectors];
+  __m256 passed = _mm256_setzero_ps();
+#pragma GCC unroll 4
+  for (int w = 0; w < W; ++w) {
+    const __m256 threshold = _mm256_set1_ps(run.threshold[query + w]);
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      scores[w][v] = Op::finish(run, query + w, panel * kPanelRows + first_row + 8 * v, acc[w][v]);
+      passed = _mm256_or_ps(passed, _mm256_cmp_ps(scores[w][v], threshold, _CMP_GE_OQ));
+    }
+  }
+  if (__builtin_expect(_mm256_movemask_ps(passed) != 0, 0)) {
+    alignas(32) float buffer[W * kPanelRows];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) {
+        _mm256_store_ps(buffer + w * kPanelRows + first_row + 8 * v, scores[w][v]);
+      }
+    }
+    hand_over(run, query, W, panel, first_row, buffer);
+  }
+}
+
+template <class Op, int kWidth>
+[[gnu::always_inline]] inline void whole_panel(const ScanRun& run, const char* data, const char* queries,
+                                               int64_t query, int64_t panel) {
+  constexpr int W = kWidth < Op::kMaxWidth ? kWidth : Op::kMaxWidth;
+  for (int first_row = 0; first_row < kPanelRows; first_row += kTileRows) {
+    for (int w = 0; w < kWidth; w += W) {
+      tile<Op, W, kWidth>(run, data, queries + w * Op::kQueryStepBytes, query + w, panel, first_row);
+    }
+  }
+}
+
+template <class Op>
+[[gnu::always_inline]] inline void scan(const ScanRun& run) {
+  const int64_t group_bytes = run.steps * kGroupQueries * Op::kQueryStepBytes;
+  for (int64_t panel = 0; panel < run.num_panels; ++panel) {
+    const char* data = run.panels + panel * run.panel_bytes;
+    for (int64_t group = run.first_group; group < run.end_group; ++group) {
+      const char* queries = run.queries + group * group_bytes;
+      const int64_t query = group * kGroupQueries;
+      switch (group + 1 == run.num_groups ? run.last_width : kGroupQueries) {
+        case 1:
+          whole_panel<Op, 1>(run, data, queries, query, panel);
+          break;
+        case 2:
+          whole_panel<Op, 2>(run, data, queries, query, panel);
+          break;
+        case 4:
+          whole_panel<Op, 4>(run, data, queries, query, panel);
+          break;
+        default:
+          whole_panel<Op, 8>(run, data, queries, query, panel);
+      }
+    }
+  }
+}
+
+void scan_float32(const ScanRun& run) { scan<Float32Op>(run); }
+void scan_bfloat16(const ScanRun& run) { scan<Bfloat16Op>(run); }
+void scan_int8(const ScanRun& run) { scan<Int8Op>(run); }
+
+[[gnu::always_inline]] inline void transpose_8x8(const float* const* rows, int64_t column, float* out) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows[i] + column);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    a[4 * i] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+    a[4 * i + 1] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
+    a[4 * i + 2] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+    a[4 * i + 3] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(out + c * kPanelRows, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(out + (4 + c) * kPanelRows, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+}
+
+void pack_float32(const float* const* rows, int64_t dim, float* panel) {
+  for (int r = 0; r < kPanelRows; r += 8) {
+    int64_t d = 0;
+    for (; d + 8 <= dim; d += 8) transpose_8x8(rows + r, d, panel + d * kPanelRows + r);
+    for (; d < dim; ++d) {
+      for (int i = 0; i < 8; ++i) panel[d * kPanelRows + r + i] = rows[r + i][d];
+    }
+  }
+}
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+  static constexpr Kernels kernels = {
+      .level = "avx2",
+      .scan_float32 = scan_float32,
+      .scan_bfloat16 = scan_bfloat16,
+      .scan_int8 = scan_int8,
+      .bfloat16_query_step_bytes = 8,
+      .int8_query_step_bytes = 8,
+      .pack_float32 = pack_float32,
+  };
+  return kernels;
+}
+
+}  // namespace realm_fast::mips
