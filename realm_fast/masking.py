@@ -100,7 +100,7 @@ class RulesTagger:
         )\b""",
         re.VERBOSE,
     )
-    _CAPITALISED = r"(?:[A-ZÀ-ÖØ-Þ][\w’'-]*[\w]|[A-Z]\.)"
+    _CAPITALISED = r"(?:[A-ZÀ-ÖØ-Þ][\w’'-]*\w|(?:[A-Z]\.)+)"
     _NAME = re.compile(
         rf"{_CAPITALISED}(?:(?:\s+|\s+(?:of|the|de|la|von|van|der|and|&)\s+(?:the\s+)?)?(?<=\s){_CAPITALISED})*"
     )

@@ -400,23 +400,26 @@ class AnswerMatcher:
         parts: list[str] = []
         begins = []
         length = 0
-        previous = ""
+        before_previous = previous = ""
         for token, begins_word in zip(self._tokenizer.tokens(tokens), starts, strict=True):
             if not begins_word and token.startswith("##"):
                 token = token[2:]
-            elif parts and not _glued(previous, token):
+            elif parts and not _glued(before_previous, previous, token):
                 parts.append(" ")
                 length += 1
             begins.append(length)
             parts.append(token)
             length += len(token)
-            previous = token
+            before_previous, previous = previous, token
         return "".join(parts), np.array(begins, dtype=np.int64)
 
 
-def _glued(previous: str, token: str) -> bool:
+def _glued(before_previous: str, previous: str, token: str) -> bool:
+    """Whether a word follows the one before without a space, as far as tokens can tell."""
     if previous in (",", ".") and token[0].isdigit():
         return True
+    if previous == "." and len(before_previous) == 1 and len(token) == 1 and token.isalpha():
+        return True  # "u.s."
     return token in _NO_SPACE_BEFORE or token in _JOINED or previous in _NO_SPACE_AFTER
 
 
