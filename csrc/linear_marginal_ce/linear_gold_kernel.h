@@ -618,22 +618,21 @@ void d_hidden_tiles(const LinearGoldPlan& plan, int64_t chunk, int64_t panel, in
   const auto* left = part<typename C::unit>(plan, C::pair == 1 ? plan.at.dlogits : plan.at.dlogits_pairs) +
                      first * (a.chunk_vocab / C::pair);
   auto* out = part<typename C::acc>(plan, plan.at.d_hidden) + first * plan.at.padded_width + column;
-  for (int64_t r0 = 0; r0 < width; r0 += C::rows) {
-    Tile<C, NV> tile;
-    REALM_FAST_UNROLL
-    for (int r = 0; r < C::rows; ++r) {
+  // A fresh sum every kBlock steps: one running sum over the vocabulary would lose the many small terms, which
+  // are of one softmax, beside the few large ones.
+  constexpr int64_t kBlock = 192;
+  for (int64_t k = 0; k < in_chunk; k += kBlock) {
+    for (int64_t r0 = 0; r0 < width; r0 += C::rows) {
+      Tile<C, NV> tile;
+      clear(tile);
+      multiply<C, NV>(tile, left + k * width + r0, 1, width, right + k * NV * V::lanes, smaller(kBlock, in_chunk - k));
       REALM_FAST_UNROLL
-      for (int j = 0; j < NV; ++j) {
-        const auto* from = out + (r0 + r) * plan.at.padded_width + j * V::lanes;
-        tile.v[r][j] = chunk == 0 ? typename V::vec{} : V::load(from);
-      }
-    }
-    multiply<C, NV>(tile, left + r0, 1, width, right, in_chunk);
-    REALM_FAST_UNROLL
-    for (int r = 0; r < C::rows; ++r) {
-      REALM_FAST_UNROLL
-      for (int j = 0; j < NV; ++j) {
-        V::store(out + (r0 + r) * plan.at.padded_width + j * V::lanes, tile.v[r][j]);
+      for (int r = 0; r < C::rows; ++r) {
+        REALM_FAST_UNROLL
+        for (int j = 0; j < NV; ++j) {
+          auto* to = out + (r0 + r) * plan.at.padded_width + j * V::lanes;
+          V::store(to, chunk + k == 0 ? tile.v[r][j] : V::load(to) + tile.v[r][j]);
+        }
       }
     }
   }
