@@ -369,7 +369,7 @@ def tag_blocks(argument: tuple[str, str]) -> Callable[[tuple[int, int, str]], No
                     spans.append(aligned)
                     labels.append(SALIENT_LABELS.index(span.label))
             lengths.append(len(spans))
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "spans": np.array(spans, dtype=np.int32).reshape(-1),
             "labels": np.array(labels, dtype=np.uint8),
             "offsets": np.array(lengths, dtype=np.int64),

@@ -18,6 +18,7 @@ import logging
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,9 @@ def load_questions(spec: str, *, limit: int = 0) -> Questions:
         found, notes = _load_set(path, set_name, limit)
         questions += found
         questions.notes += notes
+    ids = Counter(question.id for question in questions)
+    if repeated := [f"{name} ({count} times)" for name, count in ids.items() if count > 1]:
+        raise DataError(f"questions {spec}: every id must be there once: {_listed(repeated)}.")
     for note in questions.notes:
         logger.warning(note)
     if not questions:

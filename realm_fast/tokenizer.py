@@ -53,11 +53,12 @@ class Tokenizer:
         missing = [_SPECIAL[name] for name, token_id in ids.items() if token_id is None]
         if missing:
             raise DataError(f"{where}: the vocabulary lacks the special token(s) {', '.join(missing)}.")
-        self.cls_id: int = ids["cls"]
-        self.sep_id: int = ids["sep"]
-        self.pad_id: int = ids["pad"]
-        self.mask_id: int = ids["mask"]
-        self.unk_id: int = ids["unk"]
+        known = {name: token_id for name, token_id in ids.items() if token_id is not None}
+        self.cls_id = known["cls"]
+        self.sep_id = known["sep"]
+        self.pad_id = known["pad"]
+        self.mask_id = known["mask"]
+        self.unk_id = known["unk"]
 
     @classmethod
     def load(cls, spec: str | Path) -> "Tokenizer":

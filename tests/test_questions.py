@@ -91,7 +91,8 @@ def test_users_files(tmp_path):
     ]
     text = "\n".join(json.dumps(r) for r in records) + "\n"
     (tmp_path / "mine.jsonl").write_text("\ufeff" + text, encoding="utf-8")
-    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    zipped = "\n".join(json.dumps(r) for r in records[:3])
+    (tmp_path / "zipped.jsonl.gz").write_bytes(gzip.compress(zipped.encode()))
     loaded = load_questions(f"{tmp_path / 'mine.jsonl'}, {tmp_path / 'zipped.jsonl.gz'}")
     assert loaded[:4] == [
         Question("mine/0", "who?", ["me", "I"]),
@@ -99,7 +100,7 @@ def test_users_files(tmp_path):
         Question("mine/77", "plural", ["x"]),
         Question("other/5", "pattern", ["a+"], "regex", True),
     ]
-    assert [q.id for q in loaded[4:]] == ["zipped/0", "zipped/1", "zipped/77", "other/5"]
+    assert [q.id for q in loaded[4:]] == ["zipped/0", "zipped/1", "zipped/77"]
     assert loaded.notes[0] == "mine: 2 (mine/3, mine/4) left out: no question text or no usable answer."
 
 
@@ -167,6 +168,9 @@ def test_unknown_and_repeated_names(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question": "a", "answer": ["b"]}', encoding="utf-8")
     with pytest.raises(DataError, match="q is named twice"):
         load_questions(f"{tmp_path / 'q.jsonl'},{tmp_path / 'q.jsonl'}")
+    (tmp_path / "r.jsonl").write_text('{"question": "a", "answer": ["b"], "id": 1}\n' * 3, encoding="utf-8")
+    with pytest.raises(DataError, match=r"every id must be there once: 1 \(r/1 \(3 times\)\)"):
+        load_questions(str(tmp_path / "r.jsonl"))
     with pytest.raises(DataError, match="no question set is named"):
         load_questions(" , ")
 
