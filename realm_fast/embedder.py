@@ -61,9 +61,9 @@ class EmbedderSide(nn.Module):
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         if self.pooling == "cls":
             first = torch.zeros(batch.ids.shape[0], 1, dtype=torch.int64, device=batch.ids.device)
-            pooled = self.trunk.states_at(batch, first)[:, 0].float()  # [R, H]
+            pooled = _at_least_float32(self.trunk.states_at(batch, first)[:, 0])  # [R, H]
         else:
-            states = self.trunk(batch).float()  # [R, T, H]
+            states = _at_least_float32(self.trunk(batch))  # [R, T, H]
             weights = batch.attention_mask.to(states.dtype)  # [R, T]
             pooled = torch.einsum("rth,rt->rh", states, weights) / weights.sum(dim=1, keepdim=True)
         # One row a block: full precision costs nothing here and keeps scores exact under autocast.
@@ -199,6 +199,10 @@ class Embedder(nn.Module):
             )
 
         return load_module(folder, _KIND, build)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _projection(hidden: int, dim: int) -> nn.Linear:

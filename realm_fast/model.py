@@ -144,19 +144,16 @@ class RealmModel(nn.Module):
         empty = ~candidates.present.any(dim=1, keepdim=True).to(scores.device)
         scores = torch.where(empty, torch.zeros_like(scores), scores)
         weight, bias = self.reader.vocab_weight, self.reader.vocab_bias
-        if torch.is_autocast_enabled(hidden.device.type):  # LayerNorm may have left it in float32
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        with torch.autocast(hidden.device.type, enabled=False):
-            loss, marginal = linear_marginal_cross_entropy(
-                hidden,
-                weight.to(hidden.dtype),
-                bias.to(hidden.dtype),
-                labels,
-                scores,
-                level=self.level,
-                ignore_index=IGNORE_INDEX,
-                return_stats=True,
-            )
+        loss, marginal = linear_marginal_cross_entropy(
+            hidden,
+            weight,
+            bias,
+            labels,
+            scores,
+            level=self.level,
+            ignore_index=IGNORE_INDEX,
+            return_stats=True,
+        )
         accuracy = accuracy_null = None
         if with_accuracy:
             accuracy, accuracy_null = masked_accuracy(
@@ -225,8 +222,8 @@ class RealmModel(nn.Module):
         row_positions = positions[slot[:, 0]].to(self.reader.device)  # [slots, M]
         num_queries, num_candidates = candidates.block_ids.shape
         if not rows:
-            empty = torch.zeros(num_queries, num_candidates, num_masks, self.reader.hidden_size)
-            return empty.to(self.reader.device), 0.0
+            shape = (num_queries, num_candidates, num_masks, self.reader.hidden_size)
+            return self.reader.vocab_weight.new_zeros(shape), 0.0
         states, waste = _by_length(
             rows,
             row_multiple(self.reader.device),
@@ -311,7 +308,8 @@ def masked_accuracy(
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, len(query), chunk):
             b, m = query[at : at + chunk], position[at : at + chunk]
-            probability = torch.nn.functional.linear(hidden[b, :, m], weight, bias).float().softmax(dim=-1)
+            logits = torch.nn.functional.linear(hidden[b, :, m], weight, bias)  # [p, K, V]
+            probability = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
             prior = candidate_log_prob[b].exp().to(probability.dtype)  # [p, K]
             marginal = torch.einsum("pk,pkv->pv", prior, probability)
             gold = labels[b, m]

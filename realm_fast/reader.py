@@ -218,8 +218,8 @@ class SpanReader(nn.Module):
             batch: joint inputs, R rows (joint_row).
 
         Returns:
-            [R, T, W] float32; entry [r, t, w] is the span of the tokens t ... t + w of row r, -inf where that
-            reaches outside the body.
+            [R, T, W] float32 (float64 for a float64 model); entry [r, t, w] is the span of the tokens
+            t ... t + w of row r, -inf where that reaches outside the body.
         """
         states = self.trunk(batch)  # [R, T, H]
         starts = self.start_projection(states)  # [R, T, P]
@@ -228,7 +228,8 @@ class SpanReader(nn.Module):
         rows, length = inside.shape
         columns = []
         for width in range(self.max_span_tokens):
-            scores = torch.full((rows, length), -torch.inf, device=states.device)  # [R, T]
+            dtype = torch.promote_types(states.dtype, torch.float32)
+            scores = torch.full((rows, length), -torch.inf, dtype=dtype, device=states.device)  # [R, T]
             if width < length:
                 valid = inside[:, : length - width] & inside[:, width:]
                 pair = checkpoint(
@@ -240,7 +241,8 @@ class SpanReader(nn.Module):
         return torch.stack(columns, dim=2)
 
     def _score(self, starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return self.score(self.norm(torch.relu(starts + ends))).squeeze(-1).float()
+        scores = self.score(self.norm(torch.relu(starts + ends))).squeeze(-1)  # [R, T]
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def gold_mask(self, batch: TokenBatch, spans: Sequence[Sequence[tuple[int, int]]]) -> torch.Tensor:
         """Marks the correct spans among `span_logits`.

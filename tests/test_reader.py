@@ -209,7 +209,7 @@ def test_every_span_by_the_formula_and_none_outside_the_body(store):
     inside = body_mask(batch)
     rows, length = batch.ids.shape
     assert logits.shape == (rows, length, 3)
-    assert logits.dtype == torch.float32
+    assert logits.dtype == torch.float64
     finite = 0
     for r in range(rows):
         for t in range(length):
@@ -225,7 +225,7 @@ def test_every_span_by_the_formula_and_none_outside_the_body(store):
                 x = (x - x.mean()) / (x.var(unbiased=False) + 1e-3).sqrt()
                 x = x * reader.norm.weight + reader.norm.bias
                 expected = reader.score.weight[0] @ x + reader.score.bias[0]
-                torch.testing.assert_close(logits[r, t, w].double(), expected, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(logits[r, t, w], expected, rtol=1e-9, atol=1e-9)
                 finite += 1
     body = inside.sum(dim=1)
     assert finite == int((3 * body - 3).clamp(min=0).sum())  # n + (n - 1) + (n - 2) spans each
@@ -255,7 +255,7 @@ def test_span_gradients_equal_those_without_recomputation(store):
     assert len(ours) == len(expected) > 35
     largest = max(float(gradient.abs().max()) for gradient in expected)
     for one, other in zip(ours, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7 * largest)
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12 * largest)
 
 
 def test_span_memory_does_not_grow_with_the_width(store):
