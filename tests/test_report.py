@@ -187,6 +187,8 @@ def test_published_numbers_stand_beside_ours_and_are_labelled(page):
         ["CuratedTrec", "3.0%", "30.1%", "46.8%", "42.9%"],
     ]
     assert "Beside the published systems: another scale" in page.sections["answers"]
+    assert "pre-trained on 102,400,000 masked sentences" in page.sections["answers"]
+    assert "; this run on 6,400." in page.sections["answers"]  # 400 steps of 16
 
 
 def test_recall_before_and_after_is_tabled_and_drawn(page):
@@ -201,6 +203,30 @@ def test_recall_before_and_after_is_tabled_and_drawn(page):
     assert drawn[:6] == ["1.6%", "4.3%", "8.4%", "11.4%", "29.7%", "56.0%"]
 
 
+def test_no_change_reads_as_none(run):
+    before = synthetic.evaluations()[0]
+    synthetic.write_lines(run / "pretrain" / "evaluations.jsonl", [before, before | {"when": "after"}])
+    page = page_of(run)
+    assert page.table("measure", "before")[0][3:] == ["0.9%", "0.9%", "0"]
+    assert "after, for 2.6%, no change." in page.text
+
+
+def test_recall_measured_only_once_is_shown_and_not_compared(run):
+    before, _, after, _ = synthetic.evaluations()
+    synthetic.write_lines(run / "pretrain" / "evaluations.jsonl", [before | {"recall": {}}, after])
+    page = page_of(run)
+    assert page.table("measure", "before")[1][2:] == ["recall@5", "n/a", "4.3%", "–"]
+    assert "Before pre-training, the top" not in page.text
+    synthetic.write_lines(run / "pretrain" / "evaluations.jsonl", [before | {"questions": 0, "recall": {}}])
+    assert "No recall was measured." in page_of(run).sections["retrieval"]
+
+
+def test_a_run_without_a_refresh_says_so(run):
+    synthetic.write_lines(run / "pretrain" / "metrics.jsonl", synthetic.pretrain_metrics(60, 4, 600))
+    shown = page_of(run).sections["pretraining"]
+    assert "No fresh index was swapped in; largest logged 60 steps." in shown
+
+
 def test_masked_token_accuracy_is_tabled_with_and_without_retrieval(page):
     rows = {r[0]: r[1:] for r in page.table("held-out sentences")}
     assert rows["accuracy with retrieval"] == ["3.8%", "34.2%", "+30.4 points"]
@@ -213,7 +239,7 @@ def test_the_headline_says_what_was_run_and_what_came_out(page):
     top = page.text[: page.text.index("REALM in one picture")]
     assert "400 optimizer steps of 16 masked sentences each on 10,033 blocks of text (wiki-leads)" in top
     assert "held an answer for 2.6% of 3,610 questions; after, for 4.3%, a gain of 1.7 points, beyond" in top
-    assert "1.2% of 3,610 questions of nq.test" in top
+    assert "1.2% of all 3,610 questions of nq.test" in top
     assert "103 right of 6,336 in all" in top  # round(43.3) + round(38.6) + round(20.8)
     assert "Small corpus (10,033 blocks)" in top
     assert "trained for retrieval on MS MARCO" in top
@@ -233,12 +259,21 @@ def test_a_change_is_worded_no_stronger_than_the_questions_allow(was, now, n, wo
     assert _verdict(was, now, n).startswith(words)
 
 
+def test_a_retriever_held_fixed_is_said_to_be(run):
+    settings = synthetic.settings()
+    settings["pretrain"]["train_retriever"] = False
+    synthetic.write_json(run / "config.json", settings)
+    assert "A reader learned beside a retriever held fixed for 400 optimizer steps" in page_of(run).text
+
+
 def test_a_retriever_that_hurts_is_said_to_hurt(run):
     evaluations = synthetic.evaluations()
     evaluations[2] |= {"retrieval_utility": -0.2, "recall": {"5": 1.0}}
     synthetic.write_lines(run / "pretrain" / "evaluations.jsonl", evaluations)
     text = page_of(run).text
-    assert "retrieval utility −0.200 nats a token: looking things up hurts on average" in text
+    assert (
+        "retrieval utility −0.200 nats a token (−0.0120 before): looking things up hurts on average" in text
+    )
     assert "after, for 1.0%, a loss of 1.6 points" in text
 
 

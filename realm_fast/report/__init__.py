@@ -73,7 +73,7 @@ def render(data: RunData, text_of: Callable[[int], str] | str) -> str:
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'; img-src data:"
     )
-    name = data.path.resolve().name
+    name = "/".join(data.path.resolve().parts[-2:])
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

@@ -130,6 +130,7 @@ PREDICTION = {
     "span?": Maybe([int]),
     "reachable?": Maybe(bool),
 }
+CORPUS = {"num_blocks?": int, "num_documents?": int, "source?": Maybe({"spec?": str})}
 MACHINE = {"native?": Maybe(dict), "cpu_levels?": Maybe([str])}
 MANIFEST = {
     "format_version?": int,
@@ -187,12 +188,17 @@ class RunData:
             predictions=_optional_lines(
                 path / "evaluate" / "predictions.jsonl", "the predictions", PREDICTION
             ),
-            corpus=_optional_json(corpus_path, "the corpus manifest", dict) if corpus_path else None,
+            corpus=_optional_json(corpus_path, "the corpus manifest", CORPUS) if corpus_path else None,
         )
 
     def setting(self, name: str) -> Any:
         """A setting of the run by its dotted name; None where the configuration is missing."""
         return flat(self.settings or {}).get(name)
+
+    def queries_per_step(self) -> int:
+        """Masked sentences in an optimizer step; 0 where the configuration is missing."""
+        batch, batches = self.setting("pretrain.batch_queries"), self.setting("pretrain.accumulate_batches")
+        return batch * batches if isinstance(batch, int) and isinstance(batches, int) else 0
 
     def evaluation(self, when: str, subset: str) -> Record | None:
         """The last one recorded: a resumed run may have written it twice."""

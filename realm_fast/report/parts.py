@@ -51,7 +51,10 @@ def series(
 def difference(was: float | None, now: float | None, unit: str = " points") -> str:
     if was is None or now is None:
         return "–"
-    text = f"{now - was:+.1f}{unit}" if unit else ("+" if now >= was else "") + number(now - was)
+    change = now - was
+    text = f"{change:+.1f}{unit}" if unit else ("+" if change >= 0 else "") + number(change)
+    if change == 0:
+        text = "0"
     return text.replace("-", "−")
 
 

@@ -117,6 +117,7 @@ def provenance(data: RunData) -> Markup:
         ("run folder", tag("code", str(data.path))),
         ("created", manifest.get("created")),
         ("corpus", tag("code", manifest["corpus"]) if manifest.get("corpus") else None),
+        ("made from", (corpus.get("source") or {}).get("spec")),
         ("blocks, documents", _counts(corpus)),
         ("corpus hash", _hash(manifest.get("corpus_hash"))),
         ("tokenizer hash", _hash(manifest.get("tokenizer_hash"))),

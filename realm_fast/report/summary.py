@@ -31,15 +31,16 @@ def summary(data: RunData) -> Markup:
 def _what_was_run(data: RunData) -> list[Any]:
     metrics, corpus = data.metrics, data.corpus or {}
     blocks = corpus.get("num_blocks")
-    source = data.setting("corpus.source")
+    source = (corpus.get("source") or {}).get("spec") or data.setting("corpus.source")
     on = f" on {count(blocks, 'block')} of text" if isinstance(blocks, int) else " on a corpus of text blocks"
     on += f" ({source})" if source else ""
     if not metrics:
         return [f"A run{on}. Pre-training has not been run, or left no metrics."]
     steps = metrics[-1]["step"]
-    queries = (data.setting("pretrain.batch_queries") or 0) * (
-        data.setting("pretrain.accumulate_batches") or 1
-    )
+    who = "A retriever and a reader learned together"
+    if data.setting("pretrain.train_retriever") is False:
+        who = "A reader learned beside a retriever held fixed"
+    queries = data.queries_per_step()
     of = f" of {count(queries, 'masked sentence')} each" if queries else ""
     after = [
         name
@@ -48,7 +49,7 @@ def _what_was_run(data: RunData) -> list[Any]:
     ]
     then = f"; then {' and '.join(after)}" if after else ""
     return [
-        "A retriever and a reader learned together for ",
+        f"{who} for ",
         tag("b", count(steps, "optimizer step")),
         f"{of}{on}{then}.",
     ]
@@ -60,7 +61,7 @@ def _what_changed(data: RunData) -> list[Any]:
     k = data.recall_cutoff()
     if before and after and k:
         n = after.get("questions") or before.get("questions")
-        was, now = before["recall"].get(k), after["recall"].get(k)
+        was, now = ((e.get("recall") or {}).get(k) for e in (before, after))
         questions = count(n, "question") if n else "the questions"
         if was is not None and now is not None:
             sentences.append(
@@ -70,8 +71,7 @@ def _what_changed(data: RunData) -> list[Any]:
                         k,
                         f" blocks held an answer for {percent(was)} of {questions}; after, for ",
                         tag("b", percent(now)),
-                        f", {_verdict(was, now, n)}. No question was shown to it: this is what it learned "
-                        "from masked text alone.",
+                        f", {_verdict(was, now, n)}. Pre-training sees masked text alone, no question.",
                     ]
                 )
             )
@@ -88,7 +88,7 @@ def _what_changed(data: RunData) -> list[Any]:
                     f" ({percent(100 * was)} with retrieval before pre-training)"
                     if was is not None
                     else None,
-                    _utility_words(after.get("retrieval_utility")),
+                    _utility_words(after.get("retrieval_utility"), (before or {}).get("retrieval_utility")),
                     ".",
                 ]
             )
@@ -96,11 +96,12 @@ def _what_changed(data: RunData) -> list[Any]:
     return sentences
 
 
-def _utility_words(utility: float | None) -> str | None:
+def _utility_words(utility: float | None, earlier: float | None) -> str | None:
     if utility is None:
         return None
+    was = f" ({number(earlier)} before)" if earlier is not None else ""
     effect = "helps" if utility > 0 else "hurts" if utility < 0 else "makes no difference"
-    return f"; retrieval utility {number(utility)} nats a token: looking things up {effect} on average"
+    return f"; retrieval utility {number(utility)} nats a token{was}: looking things up {effect} on average"
 
 
 def _what_it_answers(data: RunData) -> list[Any]:
@@ -108,13 +109,14 @@ def _what_it_answers(data: RunData) -> list[Any]:
     scored = [s for s in everything if s.get("exact_match") is not None]
     if not scored:
         return []
+    every = "all " if data.setting("evaluate.limit_questions") == 0 else ""
     parts: list[Any] = []
     for s in scored:
         n = s["questions"]
         parts += [
             ", " if parts else None,
             tag("b", percent(s["exact_match"])),
-            f" of {count(n, 'question')} of {s['name']}",
+            f" of {every}{count(n, 'question')} of {s['name']}",
         ]
     right = sum(round(s["exact_match"] * s["questions"] / 100) for s in scored)
     total = sum(s["questions"] for s in scored)

@@ -95,7 +95,7 @@ def pretraining(data: RunData) -> Markup:
             tag(
                 "p",
                 "Dots: one logged record each. Line: their average with weights that halve every "
-                f"{number(half_life, 2)} records to either side.",
+                f"{half_life:.2g} records to either side.",
                 cls="note",
             ),
             _skipped(metrics),
@@ -122,14 +122,14 @@ def _finetune_curves(data: RunData) -> Markup | None:
         ),
         line_chart(
             [
-                series(metrics, "with_answer_retrieved", "answer retrieved", 3, 100),
-                series(metrics, "with_answer_read", "answer among blocks read", 4, 100),
+                series(metrics, "with_answer_retrieved", "retrieved", 3, 100),
+                series(metrics, "with_answer_read", "read", 4, 100),
             ],
             title="Questions that can teach",
             unit="% of a training batch",
             from_zero=True,
             show=whole_percent,
-            note="Only a question whose answer is in a retrieved block has a gradient.",
+            note="With an answer in a retrieved block, or in a block read. Others have no gradient.",
         ),
     ]
     return join([tag("h3", "Fine-tuning on questions"), tag("div", shown, cls="charts")])
@@ -252,6 +252,8 @@ def _staleness_words(metrics: Sequence[Record], refreshes: Sequence[Mark]) -> st
     values = [record["staleness_steps"] for record in metrics if record.get("staleness_steps") is not None]
     if not values:
         return "Staleness was not recorded."
+    if not refreshes:
+        return f"No fresh index was swapped in; largest logged {number(whole(max(values)))} steps."
     refreshed = count(len(refreshes), "refresh", "refreshes")
     mean, largest = number(statistics.fmean(values)), number(whole(max(values)))
     return (
