@@ -466,6 +466,49 @@ def test_retrieval_that_hurts_a_word_is_said_to_make_it_less_likely(run):
     assert "retrieval makes the hidden word 2.4× less likely here." in page_of(run).sections["realm"]
 
 
+def edge_case(name):
+    record = synthetic.illustration(synthetic.SENTENCES[0])
+    if name == "null block alone":
+        record["candidates"] = [
+            record["candidates"][0] | {"p_z": 1.0, "responsibility": 1.0, "gradient": 0.0}
+        ]
+    elif name == "no null block":
+        record["candidates"] = record["candidates"][1:]
+        record["null_gold_p"] = None
+    elif name == "hopeless":
+        record |= {"gold_marginal_p": [0.0], "null_gold_p": [0.0]}
+        record["candidates"] = [
+            c | {"gold_p": [0.0], "p_z": 0.0, "gradient": 0.0} for c in record["candidates"]
+        ]
+    elif name == "certain":
+        record |= {"gold_marginal_p": [1.0], "null_gold_p": [1.0]}
+    elif name == "twelve masks":
+        for key in ("gold", "marginal", "gold_marginal_p", "null_gold_p"):
+            record[key] = record[key] * 12
+        record["query"] = " ".join(["[MASK]"] * 12)
+        for c in record["candidates"]:
+            c |= {"predictions": c["predictions"] * 12, "gold_p": c["gold_p"] * 12}
+    return record
+
+
+@pytest.mark.parametrize("name", ["null block alone", "no null block", "hopeless", "certain", "twelve masks"])
+def test_the_picture_of_an_edge_case_is_whole(run, name):
+    synthetic.write_json(run / "pretrain" / "illustrations.json", [edge_case(name)])
+    page = page_of(run)
+    shown = page.sections["realm"]
+    expected = {
+        "null block alone": "null blockp(z | x) 1Reads nothing",
+        "no null block": "Read the 7 retrieved blocks in full",
+        "hopeless": "loss = −ln p = inf",
+        "certain": "p(radium | x)1",
+        "twelve masks": "10 radium",
+    }
+    assert expected[name] in shown
+    assert ("null block" in shown.split("Average")[1]) == (name != "no null block")
+    assert len(page.of_class("tab")) == (10 if name == "twelve masks" else 0)
+    assert not re.search(r"\bnan\b", shown)
+
+
 def test_every_mask_shows_what_it_hides():
     record = {"query": "A [MASK] and [MASK], then [MASK].", "gold": ["b", "##c"], "positions": [1, 3]}
     html = sentence(record)
