@@ -446,6 +446,15 @@ def test_the_page_shows_each_blocks_numbers_and_direction(page):
             assert f"push {arrow} {signed(-c['gradient'])}" in text
 
 
+def test_the_sentence_drawn_in_full_is_the_one_that_tells_most(page):
+    figures = [a["id"] for a in page.of_class("realm")]
+    # one hidden token each in 1 and 3; strongest push times probability: 0.37 * 0.37 against 0.68 * 0.11
+    assert figures == ["sentence-1", "sentence-2", "sentence-3"]
+    assert len(page.of_class("fold")) == 2
+    order = [page.sections["realm"].index(f"from {s['title']}") for s in synthetic.SENTENCES]
+    assert order == sorted(order)
+
+
 def test_the_worked_sum_is_the_sum(page):
     record = synthetic.illustration(synthetic.SENTENCES[2])
     text = page.sections["realm"]
@@ -464,6 +473,13 @@ def test_retrieval_that_hurts_a_word_is_said_to_make_it_less_likely(run):
     record["null_gold_p"] = [0.9]
     synthetic.write_json(run / "pretrain" / "illustrations.json", [record])
     assert "retrieval makes the hidden word 2.4× less likely here." in page_of(run).sections["realm"]
+
+
+def test_retrieval_that_changes_nothing_is_said_to(run):
+    record = synthetic.illustration(synthetic.SENTENCES[0])
+    record["null_gold_p"] = [record["gold_marginal_p"][0] * 1.01]
+    synthetic.write_json(run / "pretrain" / "illustrations.json", [record])
+    assert "Reading nothing gives 0.37: retrieval hardly changes that." in page_of(run).sections["realm"]
 
 
 def edge_case(name):
@@ -816,7 +832,7 @@ def test_hostile_names_in_a_tag_are_escaped():
         (percent, 41.27, "41.3%"), (percent, None, "n/a"), (percent, float("nan"), "n/a"), (percent, -1.25, "−1.2%"),
         (probability, 0.4321, "0.43"), (probability, 0.0072, "0.007"), (probability, 0.0001, "<0.001"),
         (probability, 0.99999, ">0.999"), (probability, 1, "1"), (probability, 0.0, "0"), (probability, 0.996, "0.996"),
-        (signed, 0.314, "+0.31"), (signed, -0.0042, "−0.004"), (signed, -0.0001, "−<0.001"), (signed, 0.0, "0"),
+        (signed, 0.314, "+0.31"), (signed, -0.0042, "−0.004"), (signed, -0.0001, "≈0"), (signed, 0.0, "0"),
         (seconds, 0.44, "0.4 s"), (seconds, 59.6, "1 min 00 s"), (seconds, 185, "3 min 05 s"), (seconds, 7620, "2 h 07 min"),
         (byte_size, 512, "512 B"), (byte_size, 3.2e6, "3.20 MB"), (byte_size, 1.21e9, "1.21 GB"), (byte_size, 5e13, "50.0 TB"),
     ],

@@ -79,7 +79,9 @@ def realm(data: RunData) -> Markup:
         return join(
             [primer(), tag("p", "No sentence was followed (pretrain.illustrations = 0).", cls="missing")]
         )
-    first, *others = sorted(enumerate(data.illustrations), key=lambda pair: -_tells_most(pair[1]))
+    first, *others = sorted(
+        enumerate(data.illustrations), key=lambda pair: _tells_most(pair[1]), reverse=True
+    )
     return join(
         [
             primer(),
@@ -96,16 +98,19 @@ def realm(data: RunData) -> Markup:
             ],
             tag(
                 "p",
-                "Drawn in full is the sentence with the strongest push. ▲ and ▼ show minus the gradient of "
-                "the loss by each block’s score, averaged over the hidden tokens of its sentence.",
+                "Drawn in full is, of the sentences with the fewest hidden tokens, the one with the largest "
+                "product of its strongest push and the probability of what it hides; none is left out. ▲ and ▼ "
+                "show minus the gradient of the loss by each block’s score, averaged over the hidden tokens.",
                 cls="note",
             ),
         ]
     )
 
 
-def _tells_most(illustration: Record) -> float:
-    return max(abs(candidate["gradient"]) for candidate in illustration["candidates"])
+def _tells_most(illustration: Record) -> tuple[int, float]:
+    """Larger for a sentence that is easy to follow: few hidden tokens, a likely word, blocks pushed hard."""
+    push = max(abs(candidate["gradient"]) for candidate in illustration["candidates"])
+    return -len(illustration["gold"]), push * _geometric_mean(illustration["gold_marginal_p"])
 
 
 def primer() -> Markup:
@@ -380,15 +385,16 @@ def _marginal_box(
     lift = None
     if null_p is not None and null_p > 0 and marginal > 0:
         ratio = marginal / null_p
-        lift = tag(
-            "p",
-            "Reading nothing gives ",
-            tag("b", probability(null_p)),
-            ": retrieval makes the hidden word ",
-            tag("b", f"{_times(ratio)} likelier" if ratio >= 1 else f"{_times(1 / ratio)} less likely"),
-            "." if ratio >= 1 else " here.",
-            cls="lift",
-        )
+        effect: list[Any] = ["retrieval hardly changes that."]
+        if ratio > 1.05:
+            effect = ["retrieval makes the hidden word ", tag("b", f"{_times(ratio)} likelier"), "."]
+        elif ratio < 0.95:
+            effect = [
+                "retrieval makes the hidden word ",
+                tag("b", f"{_times(1 / ratio)} less likely"),
+                " here.",
+            ]
+        lift = tag("p", "Reading nothing gives ", tag("b", probability(null_p)), ": ", effect, cls="lift")
     return join(
         [
             tag("p", "p(", tag("b", name), " | x)", cls="marginal-name"),

@@ -116,11 +116,11 @@ def probability(value: float | None) -> str:
 
 
 def signed(value: float | None) -> str:
-    """+0.31, −0.004, 0: with its sign, a true minus."""
+    """+0.31, −0.004, ≈0, 0: with its sign, a true minus."""
     if value is None or not math.isfinite(value):
         return "n/a"
     if abs(value) < 0.0005:
-        return "0" if value == 0 else ("+" if value > 0 else "−") + "<0.001"
+        return "≈0" if value else "0"
     text = f"{value:+.2f}" if abs(value) >= 0.095 else f"{value:+.3f}"
     return text.replace("-", "−")
 
