@@ -61,13 +61,13 @@ class Trunk(nn.Module):
         notes: what a user should know about how they were loaded ("no masked-LM head in ...: a fresh one").
     """
 
-    def __init__(self, model: nn.Module, mlm_head: MlmHead | None, source: str) -> None:
+    def __init__(self, model: Any, mlm_head: MlmHead | None, source: str) -> None:
         super().__init__()
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # a [CLS] head of next-sentence prediction; here it would only take up space
-        self.model = model
+        self.model: Any = model
         self.mlm_head = mlm_head
-        self.config: Any = model.config
+        self.config = model.config
         self.source = source
         self.notes: list[str] = []
         self._runs_here = self.config.model_type in _BERT_LAYOUT and not getattr(
@@ -88,7 +88,7 @@ class Trunk(nn.Module):
     @property
     def token_embedding(self) -> nn.Parameter:
         """[V, H]"""
-        return self.model.get_input_embeddings().weight  # type: ignore[operator, union-attr, return-value]
+        return self.model.get_input_embeddings().weight
 
     @property
     def max_tokens(self) -> int:
@@ -110,8 +110,9 @@ class Trunk(nn.Module):
         if self._runs_here:
             return self._run_bert(batch, None)
         inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask.long()}
-        if self._segments(batch) is not None:
-            inputs["token_type_ids"] = self._segments(batch)
+        segments = self._segments(batch)
+        if segments is not None:
+            inputs["token_type_ids"] = segments
         return self.model(**inputs).last_hidden_state
 
     def states_at(self, batch: TokenBatch, positions: torch.Tensor) -> torch.Tensor:
@@ -133,7 +134,7 @@ class Trunk(nn.Module):
 
     def _run_bert(self, batch: TokenBatch, positions: torch.Tensor | None) -> torch.Tensor:
         segments = self._segments(batch)
-        embeddings: Any = self.model.embeddings
+        embeddings = self.model.embeddings
         # Given, because RoBERTa would take a token with its padding id for padding.
         places = (
             self._first_position + torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
@@ -142,7 +143,7 @@ class Trunk(nn.Module):
         # A mask rules out the fastest attention kernels; without padding none is needed.
         padded = not bool(batch.attention_mask.all())
         mask = batch.attention_mask[:, None, None, :] if padded else None  # [R, 1, 1, T]
-        layers = list(self.model.encoder.layer)  # type: ignore[union-attr, arg-type]
+        layers = list(self.model.encoder.layer)
         for layer in layers[:-1]:
             states = _bert_layer(layer, states, states, mask)
         # Where the last layer starts from: every token, or those asked for.
@@ -291,7 +292,7 @@ def _trunk_from_config(config: Any, mlm_head: bool, source: str) -> Trunk:
     return Trunk(model, _fresh_head(config, model) if mlm_head else None, source)
 
 
-def _fresh_head(config: Any, model: nn.Module) -> MlmHead:
+def _fresh_head(config: Any, model: Any) -> MlmHead:
     from transformers.activations import get_activation
 
     distilbert = config.model_type == "distilbert"
@@ -301,7 +302,7 @@ def _fresh_head(config: Any, model: nn.Module) -> MlmHead:
     nn.init.zeros_(dense.bias)
     norm = nn.LayerNorm(hidden, eps=1e-12 if distilbert else config.layer_norm_eps)
     activation = get_activation(config.activation if distilbert else _head_activation(config))
-    vocab_size = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     return MlmHead(dense, activation, norm, nn.Parameter(torch.zeros(vocab_size)))
 
 

@@ -153,7 +153,7 @@ def cuda_reason(tensor: Tensor) -> str | None:
 
 
 def cuda_stream(tensor: Tensor) -> int:
-    return torch.cuda.currentcuda_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
 @torch.library.custom_op("realm_fast::marginal_lse", mutates_args=())
