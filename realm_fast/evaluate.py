@@ -132,7 +132,7 @@ def evaluate(
             together.
     """
     cutoffs = parse_cutoffs(config.evaluate.recall_at)
-    with run.stage("evaluate") as details:
+    with run.lock("evaluation"), run.stage("evaluate") as details:
         model = load_qa_model(run, config, checkpoint, progress=progress)
         device = resolve_device(config.device)
         model.embedder.to(device)

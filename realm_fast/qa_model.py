@@ -22,7 +22,7 @@ from realm_fast.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from realm_fast.config import Config
 from realm_fast.embedder import Embedder
 from realm_fast.errors import DataError, ProvenanceError, RealmFastError
-from realm_fast.files import atomic_dir
+from realm_fast.files import atomic_dir, remove_staging
 from realm_fast.index import Index, Provenance
 from realm_fast.optim import step_seed
 from realm_fast.reader import Reader, SpanReader
@@ -119,18 +119,21 @@ def index_of(
         [*own, run.pretrain_dir / "snapshots"], encoder_hash, store.corpus_hash, config.index.backend
     )
     if path is None:
-        log.info(
-            "no index of this run was made by these weights: embedding %d blocks into %s", len(store), out
-        )
-        return write_snapshot(
-            out,
-            step,
-            embedder,
-            store,
-            config.index,
-            token_budget=config.refresh.token_budget,
-            progress=progress,
-        )
+        with run.lock("index"):
+            log.info(
+                "no index of this run was made by these weights: embedding %d blocks into %s", len(store), out
+            )
+            out.mkdir(parents=True, exist_ok=True)
+            remove_staging(out)
+            return write_snapshot(
+                out,
+                step,
+                embedder,
+                store,
+                config.index,
+                token_budget=config.refresh.token_budget,
+                progress=progress,
+            )
     if not adopt or path.parent == out:
         return path
     target = out / snapshot_name(step)

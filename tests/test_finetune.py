@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_reading import naive_scores
 
 from realm_fast import finetune as ft
+from realm_fast.answer import ask
 from realm_fast.checkpoint import checkpoint_steps, newest_checkpoint, save_checkpoint
 from realm_fast.embedder import Embedder
 from realm_fast.errors import (
@@ -399,6 +400,25 @@ def test_a_beam_wider_than_the_corpus_is_the_corpus(folder, store, caplog):
     result = ft.finetune(run, config)
     assert result.questions["trainable"] == 48
     assert "the corpus has 24 blocks: every beam is all of them" in caplog.text
+
+
+def test_a_users_own_files_go_through(user_store, tmp_path, data_dir):
+    """50 documents and 10 questions in plain jsonl, with beams wider than the corpus."""
+    source = data_dir / "user"
+    run, config = qa_world.make_run(
+        tmp_path, "run", user_store, f"finetune.questions={source / 'questions.jsonl'}", "finetune.steps=6",
+        f"evaluate.questions={source / 'questions.jsonl'}", "finetune.retriever_beam=100",
+        "finetune.max_reader_tokens=128", "finetune.max_span_tokens=10", "evaluate.reachable_top_k=50",
+    )  # fmt: skip
+    result = ft.finetune(run, config)
+    assert result.questions["given"] == 10
+    assert result.questions["trainable"] >= 9  # "twenty-seven" or not, the texts answer nearly all
+    everything, reachable = evaluate(run, config)["sets"]
+    assert (everything["name"], everything["questions"]) == ("questions", 10)
+    assert reachable["questions"] >= 9
+    assert everything["recall"]["20"] > 0
+    answers = ask(run, "who wrote the salt ledger", top=2)
+    assert all(a.text and a.text in a.block_text for a in answers)
 
 
 def test_another_corpus_or_tokenizer_is_refused(folder, store, tmp_path):
