@@ -99,8 +99,9 @@ def realm(data: RunData) -> Markup:
             tag(
                 "p",
                 "Drawn in full is, of the sentences with the fewest hidden tokens, the one with the largest "
-                "product of its strongest push and the probability of what it hides; none is left out. ▲ and "
-                "▼ show minus the gradient of the loss by each block’s score, averaged over the hidden tokens.",
+                "product of its strongest push and the probability of what it hides; none is left out. "
+                "▲ and ▼ show minus the gradient of the loss by each block’s score, averaged over the hidden "
+                "tokens.",
                 cls="note",
             ),
         ]
