@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from realm_fast.config import CorpusConfig
@@ -12,6 +13,9 @@ from realm_fast.token_store import TokenStore
 from realm_fast.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data"
+
+hypothesis.settings.register_profile("realm_fast", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("realm_fast")
 
 # Fewer threads than cores in every process a test starts: the machine may be small and shared.
 os.environ.setdefault("OMP_NUM_THREADS", "2")

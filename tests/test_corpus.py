@@ -389,7 +389,8 @@ def test_limit_documents(tmp_path):
 # ---------------------------------------------------------------- processes, interruption, failure
 
 SCRIPT = """
-import resource, sys
+import resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 from realm_fast import corpus
 from realm_fast.config import CorpusConfig
 source, out, tokenizer, shard_documents, num_workers = sys.argv[1:]

