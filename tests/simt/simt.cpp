@@ -12,6 +12,7 @@
 #include <memory>
 #include <random>
 #include <sstream>
+#include <string_view>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -660,10 +661,17 @@ void maybe_yield() {
   if (current != nullptr && the_config.order == Order::kRandom && chance(0.2)) yield_now();
 }
 
-int barrier(int line, int predicate, int kind) {
+namespace {
+bool dropped(const char* file, int line) {
+  return the_config.drop_barrier_line == line &&
+         std::string_view(file).ends_with(the_config.drop_barrier_file);
+}
+}  // namespace
+
+int barrier(const char* file, int line, int predicate, int kind) {
   Lane* self = current;
   predicate = predicate != 0;
-  if (the_config.drop_barrier_line == line) return predicate;
+  if (dropped(file, line)) return predicate;
   self->state = State::kBarrier;
   self->wait_line = line;
   self->barrier_kind = kind;
@@ -719,8 +727,8 @@ void collective(int kind, int line, unsigned mask, void* argument, Combine combi
   }
 }
 
-void warp_barrier(int line, unsigned mask) {
-  if (the_config.drop_barrier_line == line) return;
+void warp_barrier(const char* file, int line, unsigned mask) {
+  if (dropped(file, line)) return;
   collective(kWarpBarrier, line, mask, nullptr, nullptr);
   if (mask == 0xffffffffu) ++current->warp_epoch;
 }

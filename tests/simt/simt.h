@@ -40,6 +40,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __constant__ static
+#define __grid_constant__
 #ifndef __restrict__
 #define __restrict__ __restrict
 #endif
@@ -200,11 +201,12 @@ struct Config {
   int shared_bytes_per_block = 227 * 1024;
   int compute_capability = 90;
   // Faults, for the tests that show they are caught. Line numbers are the source's; 0 = none.
-  int drop_barrier_line = 0;    // __syncthreads*/__syncwarp at this line do nothing
-  bool swap_fragments = false;  // mma: a[1] and a[2] change places
-  bool swap_matrices = false;   // ldmatrix: matrices 1 and 2 change places
-  int shift_copy_bytes = 0;     // cp.async reads this many bytes further on
-  bool skip_copy_wait = false;  // cp_async_wait returns at once
+  int drop_barrier_line = 0;      // __syncthreads*/__syncwarp at this line do nothing ...
+  std::string drop_barrier_file;  // ... if the name of the source ends so
+  bool swap_fragments = false;    // mma: a[1] and a[2] change places
+  bool swap_matrices = false;     // ldmatrix: matrices 1 and 2 change places
+  int shift_copy_bytes = 0;       // cp.async reads this many bytes further on
+  bool skip_copy_wait = false;    // cp_async_wait returns at once
 };
 
 struct Counts {
@@ -236,8 +238,8 @@ dim3 block_extent();
 dim3 grid_extent();
 void* static_shared(const char* file, int line, size_t bytes);
 unsigned char* dynamic_shared();
-int barrier(int line, int predicate, int kind);  // kind: 0 plain, 1 or, 2 and, 3 count
-void warp_barrier(int line, unsigned mask);
+int barrier(const char* file, int line, int predicate, int kind);  // kind: 0 plain, 1 or, 2 and, 3 count
+void warp_barrier(const char* file, int line, unsigned mask);
 void maybe_yield();  // random order only
 void yield_now();    // in any order: for loops that wait
 bool in_kernel();
@@ -433,12 +435,21 @@ void combine_match(void* const* arguments, unsigned mask) {
 #define gridDim (::simt::grid_extent())
 constexpr int warpSize = 32;
 
-inline void __syncthreads(int line = __builtin_LINE()) { simt::barrier(line, 0, 0); }
-inline int __syncthreads_or(int p, int line = __builtin_LINE()) { return simt::barrier(line, p, 1); }
-inline int __syncthreads_and(int p, int line = __builtin_LINE()) { return simt::barrier(line, p, 2); }
-inline int __syncthreads_count(int p, int line = __builtin_LINE()) { return simt::barrier(line, p, 3); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
-  simt::warp_barrier(line, mask);
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  simt::barrier(file, line, 0, 0);
+}
+inline int __syncthreads_or(int p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return simt::barrier(file, line, p, 1);
+}
+inline int __syncthreads_and(int p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return simt::barrier(file, line, p, 2);
+}
+inline int __syncthreads_count(int p, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  return simt::barrier(file, line, p, 3);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  simt::warp_barrier(file, line, mask);
 }
 inline void __threadfence() { simt::maybe_yield(); }
 inline void __threadfence_block() { simt::maybe_yield(); }

@@ -18,9 +18,9 @@
 #define REALM_FAST_SHARED(type, name, count) \
   type* const name = static_cast<type*>(::simt::static_shared(__FILE__, __LINE__, sizeof(type) * (count)))
 #define REALM_FAST_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::dynamic_shared()
-#define REALM_FAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)              \
-  ::simt::launch(#kernel, ::simt::dim3_of(grid), ::simt::dim3_of(block), shared_bytes, \
-                 [=] { (kernel)(__VA_ARGS__); })
+#define REALM_FAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                               \
+  ((void)(stream), ::simt::launch(#kernel, ::simt::dim3_of(grid), ::simt::dim3_of(block), shared_bytes, \
+                                  [=] { (kernel)(__VA_ARGS__); }))
 
 #else
 

@@ -1,0 +1,48 @@
+// What the host needs of one instantiation of the scan. Each element type is compiled in a file of its own.
+#pragma once
+
+#include "core/cuda/launch.h"
+#include "mips_topk/scan.cuh"
+
+namespace realm_fast::cuda {
+
+struct ScanVariant {
+  int rows;  // queries a group
+  size_t (*shared_bytes)(const ScanArguments&);
+  int (*blocks_per_multiprocessor)(size_t shared_bytes);
+  void (*launch)(const ScanArguments&, int blocks, size_t shared_bytes, cudaStream_t);
+};
+
+template <class T, int kRows>
+void allow_shared(size_t shared_bytes) {
+  check(cudaFuncSetAttribute(scan<T, kRows>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes)),
+        "mips_topk: shared memory of the scan");
+}
+template <class T, int kRows>
+int scan_blocks_per_multiprocessor(size_t shared_bytes) {
+  allow_shared<T, kRows>(shared_bytes);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, scan<T, kRows>, kScanThreads, shared_bytes),
+        "mips_topk: occupancy of the scan");
+  return blocks;
+}
+template <class T, int kRows>
+void launch_scan(const ScanArguments& a, int blocks, size_t shared_bytes, cudaStream_t stream) {
+  allow_shared<T, kRows>(shared_bytes);
+  REALM_FAST_LAUNCH((scan<T, kRows>), blocks, kScanThreads, shared_bytes, stream, a);
+  check_launch("mips_topk: scan");
+}
+template <class T, int kRows>
+constexpr ScanVariant scan_variant() {
+  return {kRows, &scan_shared_bytes<T, kRows>, &scan_blocks_per_multiprocessor<T, kRows>,
+          &launch_scan<T, kRows>};
+}
+
+// Two each: for few queries and for many.
+const ScanVariant* scan_variants_f32();
+const ScanVariant* scan_variants_bf16();
+const ScanVariant* scan_variants_f16();
+const ScanVariant* scan_variants_int8();
+
+}  // namespace realm_fast::cuda

@@ -1,0 +1,164 @@
+"""Builds the CUDA sources for the emulated machine of this folder and runs them.
+
+Two builds of every source: "hooks" (races, bounds, uninitialised reads, byte counts; see simt.h) and
+"sanitizers" (the compiler's address and undefined-behaviour sanitizers). Objects are kept by a hash of what
+they are made from, so that a second session compiles nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+COMPILER = os.environ.get("CXX", "g++")
+
+_COMMON = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DREALM_FAST_SIMT"]
+_BUILDS = {
+    # For kernels, for the harness itself, for linking.
+    "hooks": (
+        ["-O2", "-DSIMT_HOOKS", "-fsanitize=thread"],
+        ["-O2", "-DSIMT_HOOKS"],
+        [],
+    ),
+    "sanitizers": (
+        ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+        ["-fsanitize=address,undefined"],
+    ),
+}
+
+
+def unsupported_reason() -> str | None:
+    """Why the harness cannot run here, or None."""
+    if shutil.which(COMPILER) is None:
+        return f"no C++ compiler: {COMPILER} was not found (set CXX)"
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
+    if "Free Software Foundation" not in version:
+        return f"the hooks are those of GCC's -fsanitize=thread; {COMPILER} is not GCC (set CXX=g++)"
+    if os.uname().machine not in ("x86_64", "aarch64"):
+        return f"no stack switch for {os.uname().machine}"
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a driver."""
+
+    raised: str
+    launches: list[dict[str, Any]]
+    errors: list[dict[str, Any]]
+    arrays: dict[str, np.ndarray]
+    returncode: int
+    stderr: str
+
+    @property
+    def kinds(self) -> set[str]:
+        """What was reported; "sanitizer" when a sanitizer ended the run."""
+        kinds = {error["kind"] for error in self.errors}
+        return kinds | ({"sanitizer"} if self.returncode else set())
+
+    def total(self, count: str, kernel: str = "") -> int:
+        return sum(launch[count] for launch in self.launches if kernel in launch["kernel"])
+
+
+class Harness:
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        cache.mkdir(parents=True, exist_ok=True)
+        headers = [*HERE.glob("*.h"), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+        self._headers = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(headers))).hexdigest()
+
+    def _compile(self, source: Path, flags: list[str], include: list[Path]) -> Path:
+        command = [COMPILER, *_COMMON, *flags, *(f"-I{path}" for path in include)]
+        text = source.read_bytes()
+        key = hashlib.sha256(repr((command, source.name, self._headers)).encode() + text)
+        for path in include:  # a changed header in a folder of its own
+            if ROOT not in path.parents:
+                for header in sorted(path.rglob("*.cuh")):
+                    key.update(header.read_bytes())
+        target = self.cache / f"{source.stem}-{key.hexdigest()[:20]}.o"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.tmp")
+            command += ["-x", "c++", "-c", str(source), "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+            partial.replace(target)
+        return target
+
+    def build(
+        self,
+        driver: str,
+        sources: list[Path],
+        *,
+        build: str = "hooks",
+        defines: tuple[str, ...] = (),
+        include: Path | None = None,
+    ) -> Path:
+        """Compiles kernels and driver and returns the program.
+
+        `include` is a folder looked into before csrc, for sources that were changed on purpose.
+        """
+        kernel_flags, harness_flags, link_flags = _BUILDS[build]
+        folders = [*([include] if include else []), HERE, ROOT / "csrc"]
+        jobs = [(path, [*kernel_flags, *(f"-D{d}" for d in defines)], folders) for path in sources]
+        jobs.append((HERE / "simt.cpp", harness_flags, [HERE]))
+        if driver:
+            jobs.append((HERE / driver, harness_flags, folders))
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            objects = list(pool.map(lambda job: self._compile(*job), jobs))
+        name = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:20]
+        program = self.cache / f"run-{name}"
+        if not program.exists():
+            partial = program.with_suffix(f".{os.getpid()}.tmp")
+            command = [COMPILER, *link_flags, *map(str, objects), "-o", str(partial), "-ldl"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-4000:])
+            partial.replace(program)
+        return program
+
+    def run(
+        self,
+        program: Path,
+        folder: Path,
+        *,
+        inputs: dict[str, np.ndarray | None] | None = None,
+        outputs: dict[str, tuple[tuple[int, ...], Any]] | None = None,
+        timeout: float = 120,
+        **options: Any,
+    ) -> Run:
+        """Runs a driver: arrays go in and come back as raw files, everything else as key=value."""
+        words = [f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in options.items()]
+        for key, array in (inputs or {}).items():
+            if array is not None:
+                path = folder / f"{key}.in"
+                path.write_bytes(np.ascontiguousarray(array).tobytes())
+                words.append(f"{key}={path}")
+        for key in outputs or {}:
+            path = folder / f"{key}.out"
+            path.unlink(missing_ok=True)
+            words.append(f"{key}={path}")
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+        done = subprocess.run(
+            [str(program), *words], capture_output=True, text=True, timeout=timeout, env=environment
+        )
+        if done.returncode:
+            return Run("", [], [], {}, done.returncode, done.stderr[-6000:])
+        answer = json.loads(done.stdout)
+        arrays = {}
+        for key, (shape, dtype) in (outputs or {}).items():
+            path = folder / f"{key}.out"
+            if path.exists():
+                arrays[key] = np.frombuffer(path.read_bytes(), dtype).reshape(shape)
+        report = answer["report"]
+        return Run(answer["raised"], report["launches"], report["errors"], arrays, 0, done.stderr)
