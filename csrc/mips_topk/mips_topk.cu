@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(kSelectThreads)
   REALM_FAST_SHARED(SelectScratch, scratch, 1);
   SelectScratch& s = *scratch;
   const int tid = static_cast<int>(threadIdx.x);
-  const int64_t row = blockIdx.x;
+  const int row = static_cast<int>(blockIdx.x);
   float* scores = dense + row * dense_stride;
   for (int i = tid; i < exclude_width; i += kSelectThreads) {
-    const int64_t id = exclude_ids[row * exclude_width + i];
+    const int64_t id = exclude_ids[static_cast<int64_t>(row) * exclude_width + i];
     if (id >= 0 && id < n) scores[id] = -INFINITY;
   }
   if (tid == 0) s.cursor = 0;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kSelectThreads) finish_rows(Rows rows, float* 
   REALM_FAST_DYNAMIC_SHARED(memory);
   uint64_t* keys = reinterpret_cast<uint64_t*>(memory);  // [capacity]
   const int tid = static_cast<int>(threadIdx.x);
-  const int64_t row = blockIdx.x;
+  const int row = static_cast<int>(blockIdx.x);
   const uint64_t* from = rows.buffer(row, rows.counts[row] >> 32);
   for (int i = tid; i < rows.capacity; i += kSelectThreads) keys[i] = from[i];
   for (int size = 2; size <= rows.capacity; size *= 2) {
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kSelectThreads) finish_rows(Rows rows, float* 
   __syncthreads();
   for (int i = tid; i < rows.k; i += kSelectThreads) {
     const uint64_t key = keys[i];
-    scores[row * rows.k + i] = key != 0 ? key_score(key) : -INFINITY;
-    ids[row * rows.k + i] = key != 0 ? key_block(key) : -1;
+    scores[static_cast<int64_t>(row) * rows.k + i] = key != 0 ? key_score(key) : -INFINITY;
+    ids[static_cast<int64_t>(row) * rows.k + i] = key != 0 ? key_block(key) : -1;
   }
 }
 
@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
 
 struct Plan {
   const ScanVariant* variant;
-  ScanArguments shape;  // only the fields of the plan
-  size_t shared_bytes;
+  ScanPlan shape;
   int blocks_per_multiprocessor;
 };
 
@@ -174,36 +173,36 @@ Plan make_plan(ScanDtype dtype, int64_t num_queries, int dim) {
       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "mips_topk: shared memory per block"));
   const auto per_multiprocessor = static_cast<size_t>(
       device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, "mips_topk: shared memory"));
-  ScanArguments shape{};
+  ScanPlan shape{};
   shape.row_bytes = dim * element_bytes(dtype);
   shape.num_slabs =
       static_cast<int>(std::max<int64_t>(round_up(shape.row_bytes, kSlabBytes) / kSlabBytes, 1));
-  const auto fits = [&](size_t bytes) { return bytes <= limit; };
+  const auto shared_bytes = [&](int stages) {
+    shape.stages = stages;
+    variant->set_layout(shape);
+    return static_cast<size_t>(shape.shared_bytes);
+  };
   const auto chosen = [&] {
-    Plan plan{variant, shape, variant->shared_bytes(shape), 0};
+    Plan plan{variant, shape, 0};
     plan.shape.num_chunks = static_cast<int>((num_queries + shape.chunk_rows - 1) / shape.chunk_rows);
-    plan.blocks_per_multiprocessor = std::max(variant->blocks_per_multiprocessor(plan.shared_bytes), 1);
+    plan.blocks_per_multiprocessor =
+        std::clamp(variant->blocks_per_multiprocessor(static_cast<size_t>(shape.shared_bytes)), 1, 2);
     return plan;
   };
-  // A ring of three or four stages: four, unless three let a second thread block in.
+  // A ring of three or four stages: four, unless only three let a second thread block in.
   const auto pick_ring = [&] {
-    shape.stages = 4;
-    const size_t four = variant->shared_bytes(shape);
-    shape.stages = 3;
-    const size_t three = variant->shared_bytes(shape);
     const auto together = [&](size_t bytes) {
-      return fits(bytes) ? std::min<size_t>(per_multiprocessor / (bytes + 1024), 2) : 0;
+      return bytes <= limit ? std::min<size_t>(per_multiprocessor / (bytes + 1024), 2) : 0;
     };
-    shape.stages = together(four) >= together(three) && fits(four) ? 4 : 3;
-    return fits(variant->shared_bytes(shape));
+    const int stages = together(shared_bytes(4)) >= together(shared_bytes(3)) ? 4 : 3;
+    return shared_bytes(stages) <= limit;
   };
   shape.resident = 1;
   const int64_t most_groups =
       std::min<int64_t>((num_queries + variant->rows - 1) / variant->rows, kMaxChunkRows / variant->rows);
   for (int64_t groups = most_groups; groups > 1; --groups) {
     shape.chunk_rows = static_cast<int>(groups * variant->rows);
-    shape.stages = std::max(4, shape.num_slabs + 1);  // the whole tile and one slab more
-    if (fits(variant->shared_bytes(shape))) return chosen();
+    if (shared_bytes(std::max(4, shape.num_slabs + 1)) <= limit) return chosen();  // a tile and a slab more
   }
   shape.chunk_rows = variant->rows;
   if (pick_ring()) return chosen();
@@ -214,9 +213,15 @@ Plan make_plan(ScanDtype dtype, int64_t num_queries, int dim) {
                               std::to_string(limit) + " bytes)");
 }
 
+// Two a multiprocessor, and one for every chunk of queries even where those are more.
+int64_t max_thread_blocks(int64_t num_queries) {
+  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "mips_topk: multiprocessors");
+  return std::max<int64_t>(2 * multiprocessors, (num_queries + 15) / 16);
+}
+
 struct Workspace {
   int64_t pass_queries, seeds, capacity;
-  size_t thresholds, counts, candidates, dense, codes, query_scale, error_residual, error_norm, bytes;
+  size_t thresholds, counts, candidates, dense, queues, codes, query_scale, error_residual, error_norm, bytes;
   int64_t code_stride;
 };
 
@@ -240,6 +245,8 @@ Workspace lay_out(const MipsTopkCuda& call) {
   w.counts = take(w.pass_queries * 8);
   w.candidates = take(w.pass_queries * 2 * w.capacity * 8);
   w.dense = take(w.pass_queries * w.seeds * 4);
+  w.queues = take(
+      w.seeds < call.num_blocks ? max_thread_blocks(w.pass_queries) * static_cast<int64_t>(kQueueBytes) : 0);
   if (call.originals != nullptr) {
     w.code_stride = round_up(call.dim, 16);
     w.codes = take(w.pass_queries * w.code_stride * element_bytes(call.dtype));
@@ -286,25 +293,20 @@ void run_scan(ScanDtype dtype, Matrix queries, Matrix blocks, ScanArguments a, i
   if (first >= last) return;
   const Plan plan = make_plan(dtype, num_queries, dim);
   const int size = element_bytes(dtype);
+  static_cast<ScanPlan&>(a) = plan.shape;
+  a.num_queries = num_queries;
+  a.first = first;
+  a.last = last;
   a.queries = static_cast<const unsigned char*>(queries.data);
   a.blocks = static_cast<const unsigned char*>(blocks.data);
   a.query_stride = queries.stride * size;
   a.block_stride = blocks.stride * size;
-  a.row_bytes = plan.shape.row_bytes;
-  a.num_slabs = plan.shape.num_slabs;
-  a.num_queries = num_queries;
-  a.first = first;
-  a.last = last;
-  a.chunk_rows = plan.shape.chunk_rows;
-  a.num_chunks = plan.shape.num_chunks;
-  a.stages = plan.shape.stages;
-  a.resident = plan.shape.resident;
   a.aligned = is_aligned(queries.data, a.query_stride) && is_aligned(blocks.data, a.block_stride);
   const int64_t tiles = (last - first + kTileBlocks - 1) / kTileBlocks;
   const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "mips_topk: multiprocessors");
   const int64_t thread_blocks = static_cast<int64_t>(multiprocessors) * plan.blocks_per_multiprocessor;
   a.ranges = static_cast<int>(std::min(tiles, std::max<int64_t>(thread_blocks / a.num_chunks, 1)));
-  plan.variant->launch(a, a.ranges * a.num_chunks, plan.shared_bytes, stream);
+  plan.variant->launch(a, a.ranges * a.num_chunks, stream);
 }
 
 }  // namespace
@@ -335,6 +337,7 @@ void mips_topk_cuda(const MipsTopkCuda& call) {
     ScanArguments a{};
     a.rows = {static_cast<uint64_t*>(at(w.thresholds)), static_cast<uint64_t*>(at(w.counts)),
               static_cast<uint64_t*>(at(w.candidates)), static_cast<int>(w.capacity), call.k};
+    a.queues = workspace + w.queues;
     a.exclude_ids = call.exclude_ids == nullptr ? nullptr : call.exclude_ids + begin * call.exclude_width;
     a.exclude_width = call.exclude_ids == nullptr ? 0 : call.exclude_width;
     const Matrix queries{

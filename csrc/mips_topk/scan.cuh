@@ -18,24 +18,36 @@ namespace realm_fast::cuda {
 constexpr int kScanThreads = kSelectThreads;
 constexpr int kTileBlocks = 128;
 constexpr int kSlabBytes = 128;
-constexpr int kQueue = 1024;       // survivors a thread block holds back
-constexpr int kFlushAt = 128;      // ... before it hands them on
+constexpr int kFlushAt = 128;  // survivors a thread block holds back before it hands them on
+constexpr int kMaxRows = 128;  // of a group
+constexpr int kQueue = kFlushAt + kMaxRows * kTileBlocks;  // all scores of a step may be survivors
 constexpr int kRefreshTiles = 16;  // how often thresholds of other thread blocks are taken over
 constexpr int kMaxChunkRows = 512;
+// A thread block's queue in global memory: keys, then rows.
+constexpr size_t kQueueBytes = kQueue * (sizeof(uint64_t) + sizeof(uint16_t));
 
-struct ScanArguments {
+// What the host decides from the shapes alone.
+struct ScanPlan {
+  int row_bytes;
+  int num_slabs;
+  int chunk_rows, num_chunks;
+  int stages;
+  int resident;  // queries stay in shared memory
+  // Shared memory, in bytes (set_layout): resident queries, the ring, block scales (int8: one row a tile in
+  // the ring), the queue, the rows' entry scores.
+  int stage_bytes, ring_at, scales_at, state_at, entry_at, shared_bytes;
+};
+
+struct ScanArguments : ScanPlan {
   const unsigned char* queries;
   const unsigned char* blocks;
   int64_t query_stride, block_stride;  // bytes
-  int row_bytes;
-  int num_slabs;
   int num_queries;
+  int ranges;
   int64_t first, last;  // this launch scans blocks [first, last)
-  int chunk_rows, num_chunks, ranges;
-  int stages;
-  int resident;  // queries stay in shared memory
-  int aligned;   // every row starts at a multiple of 16 bytes: cp.async may be used
+  int aligned;          // every row starts at a multiple of 16 bytes: cp.async may be used
   Rows rows;
+  unsigned char* queues;  // [thread blocks, kQueueBytes]
   float*
       dense;  // if given, write all scores to dense[query * dense_stride + block - first] and filter nothing
   int64_t dense_stride;
@@ -163,16 +175,22 @@ __device__ __forceinline__ void multiply_slab(Accumulators<T, kRows>& acc, const
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   if constexpr (kIsFloat<T>) {
     // Each score is one chain of fused multiply-adds in the order of the dimensions, whatever the grid.
+    // slab_offset(row, chunk), with what is common to a thread's rows taken out.
+    const unsigned char* a_rows = a + S::row(0) * kSlabBytes;
+    const unsigned char* b_rows = b + S::column(0) * kSlabBytes;
+    const int a_swizzle = (S::row(0) & 7) << 4, b_swizzle = (S::column(0) & 7) << 4;
 #pragma unroll 2
     for (int chunk = 0; chunk < 8; ++chunk) {
       float4 x[S::kN];
 #pragma unroll
       for (int n = 0; n < S::kN; ++n) {
-        x[n] = *reinterpret_cast<const float4*>(b + slab_offset(S::column(n), chunk));
+        x[n] = *reinterpret_cast<const float4*>(b_rows + n * 4 * kSlabBytes +
+                                                ((chunk << 4) ^ (n % 2 * 64) ^ b_swizzle));
       }
 #pragma unroll
       for (int m = 0; m < S::kM; ++m) {
-        const float4 q = *reinterpret_cast<const float4*>(a + slab_offset(S::row(m), chunk));
+        const float4 q =
+            *reinterpret_cast<const float4*>(a_rows + m * 8 * kSlabBytes + ((chunk << 4) ^ a_swizzle));
 #pragma unroll
         for (int n = 0; n < S::kN; ++n) {
           float sum = acc.v[m][n][0];
@@ -185,18 +203,22 @@ __device__ __forceinline__ void multiply_slab(Accumulators<T, kRows>& acc, const
       }
     }
   } else {
-    const int a_row = warp / 4 * (kRows / 2) + (lane & 15), a_chunk = lane >> 4;
-    const int b_row = warp % 4 * 32 + (lane & 7) + ((lane >> 4) << 3), b_chunk = (lane >> 3) & 1;
+    const int a_row = warp / 4 * (kRows / 2) + (lane & 15);
+    const int b_row = warp % 4 * 32 + (lane & 7) + ((lane >> 4) << 3);
+    const unsigned char* a_rows = a + a_row * kSlabBytes;
+    const unsigned char* b_rows = b + b_row * kSlabBytes;
+    const int a_swizzle = ((lane >> 4) ^ (a_row & 7)) << 4;
+    const int b_swizzle = (((lane >> 3) & 1) ^ (b_row & 7)) << 4;
 #pragma unroll
     for (int step = 0; step < 4; ++step) {  // 32 bytes of depth each
       uint32_t fa[S::kM][4], fb[S::kN / 2][4];
 #pragma unroll
       for (int m = 0; m < S::kM; ++m) {
-        ldmatrix_x4(fa[m], a + slab_offset(a_row + 16 * m, 2 * step + a_chunk));
+        ldmatrix_x4(fa[m], a_rows + m * 16 * kSlabBytes + (a_swizzle ^ (step << 5)));
       }
 #pragma unroll
       for (int n = 0; n < S::kN / 2; ++n) {
-        ldmatrix_x4(fb[n], b + slab_offset(b_row + 16 * n, 2 * step + b_chunk));
+        ldmatrix_x4(fb[n], b_rows + n * 16 * kSlabBytes + (b_swizzle ^ (step << 5)));
       }
 #pragma unroll
       for (int m = 0; m < S::kM; ++m) {
@@ -213,12 +235,18 @@ __device__ __forceinline__ void multiply_slab(Accumulators<T, kRows>& acc, const
   }
 }
 
-struct Queue {
-  uint64_t keys[kQueue];
-  uint16_t rows[kQueue];  // within the chunk; kTaken when dealt with
+struct Flushing {
   uint16_t to_compact[kMaxChunkRows];
-  uint32_t count, num_to_compact;
+  uint32_t count, num_to_compact;  // entries of the queue, of to_compact
   SelectScratch scratch;
+};
+struct Queue {
+  uint64_t* keys;  // [kQueue]
+  uint16_t* rows;  // [kQueue] within the chunk; kTaken when dealt with
+
+  __device__ __forceinline__ explicit Queue(unsigned char* queues)
+      : keys(reinterpret_cast<uint64_t*>(queues + blockIdx.x * kQueueBytes)),
+        rows(reinterpret_cast<uint16_t*>(keys + kQueue)) {}
 };
 constexpr uint16_t kTaken = 0xffff;
 constexpr uint16_t kScored = 0x8000;  // the key holds the float32 score already
@@ -236,11 +264,14 @@ __device__ __forceinline__ void wait_for_copies(int pending) {
 }
 
 // The float32 score, summed as the float32 scan sums it.
-__device__ __forceinline__ float exact_score(const ScanArguments& a, int64_t row, int64_t block) {
-  const float* q = a.exact_queries + row * a.exact_query_stride;
+__device__ __forceinline__ float exact_score(const ScanArguments& a, int row, int64_t block) {
+  const float* q = a.exact_queries + static_cast<int64_t>(row) * a.exact_query_stride;
   const float* x = a.originals + block * a.original_stride;
   float sum = 0;
-#pragma unroll 4
+  // All lines of the row are asked for at once; what follows then finds them in the caches.
+#pragma unroll 1
+  for (int i = 0; i < a.dim; i += 32) prefetch_l2(x + i);
+#pragma unroll 2
   for (int i = 0; i < a.dim; ++i) sum = __fmaf_rn(q[i], x[i], sum);
   return sum;
 }
@@ -248,7 +279,7 @@ __device__ __forceinline__ float exact_score(const ScanArguments& a, int64_t row
 // What a score must reach to be worth a place in the queue, given the row's threshold key. Blocks from
 // `next_block` on are still to come: a tie with a candidate of a lower id than theirs cannot win.
 template <class T>
-__device__ __forceinline__ float entry_score(const ScanArguments& a, int64_t row, uint64_t threshold,
+__device__ __forceinline__ float entry_score(const ScanArguments& a, int row, uint64_t threshold,
                                              int64_t next_block) {
   if (threshold == 0) return -FLT_MAX;  // everything but -inf and NaN
   uint32_t ordered = static_cast<uint32_t>(threshold >> 32);
@@ -266,10 +297,11 @@ __device__ __forceinline__ float entry_score(const ScanArguments& a, int64_t row
 
 // By all threads: hands the queue on to the row buffers, then takes over the rows' thresholds.
 template <class T>
-__device__ __forceinline__ void flush(const ScanArguments& a, Queue& queue, float* entry, int first_row,
+__device__ __forceinline__ void flush(const ScanArguments& a, Flushing& state, float* entry, int first_row,
                                       int num_rows, int64_t next_block) {
   const int tid = static_cast<int>(threadIdx.x);
-  const int count = static_cast<int>(min(queue.count, static_cast<uint32_t>(kQueue)));
+  const Queue queue(a.queues);
+  const int count = static_cast<int>(state.count);
   for (;;) {
     bool again = false;
 #pragma unroll 1
@@ -277,7 +309,7 @@ __device__ __forceinline__ void flush(const ScanArguments& a, Queue& queue, floa
       const uint16_t entry_row = queue.rows[i];
       if (entry_row == kTaken) continue;
       const int local_row = entry_row & ~kScored;
-      const int64_t row = first_row + local_row;
+      const int row = first_row + local_row;
       uint64_t key = queue.keys[i];
       const uint64_t threshold = load_relaxed(a.rows.thresholds + row);
       bool wanted = key > threshold;
@@ -298,7 +330,7 @@ __device__ __forceinline__ void flush(const ScanArguments& a, Queue& queue, floa
       }
 #pragma unroll 1
       for (int j = 0; wanted && j < a.exclude_width; ++j) {
-        wanted = a.exclude_ids[row * a.exclude_width + j] != key_block(key);
+        wanted = a.exclude_ids[static_cast<int64_t>(row) * a.exclude_width + j] != key_block(key);
       }
       Append outcome = Append::kDone;
       if (wanted) outcome = append(a.rows, row, key);
@@ -308,20 +340,20 @@ __device__ __forceinline__ void flush(const ScanArguments& a, Queue& queue, floa
       }
       again = true;
       if (outcome == Append::kMustCompact) {
-        queue.to_compact[atomicAdd(&queue.num_to_compact, 1u)] = static_cast<uint16_t>(local_row);
+        state.to_compact[atomicAdd(&state.num_to_compact, 1u)] = static_cast<uint16_t>(local_row);
       }
     }
     again = __syncthreads_or(again) != 0;
-    const int num_to_compact = static_cast<int>(queue.num_to_compact);
+    const int num_to_compact = static_cast<int>(state.num_to_compact);
 #pragma unroll 1
-    for (int i = 0; i < num_to_compact; ++i) compact(a.rows, first_row + queue.to_compact[i], queue.scratch);
+    for (int i = 0; i < num_to_compact; ++i) compact(a.rows, first_row + state.to_compact[i], state.scratch);
     if (!again) break;
     __syncthreads();
-    if (tid == 0) queue.num_to_compact = 0;
+    if (tid == 0) state.num_to_compact = 0;
     if (num_to_compact == 0) pause_briefly();  // another thread block compacts
     __syncthreads();
   }
-  if (tid == 0) queue.count = 0;
+  if (tid == 0) state.count = 0;
 #pragma unroll 1
   for (int row = tid; row < num_rows; row += kScanThreads) {
     entry[row] =
@@ -336,14 +368,12 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
   REALM_FAST_DYNAMIC_SHARED(memory);
   const int tid = static_cast<int>(threadIdx.x);
 
-  // Shared memory: resident queries, the ring, block scales (int8), the queue, the rows' entry scores.
   const int tile_bytes = kTileBlocks * kSlabBytes;
-  const int stage_bytes = tile_bytes + (a.resident ? 0 : kRows * kSlabBytes);
   unsigned char* const resident = memory;
-  unsigned char* const ring = resident + (a.resident ? a.num_slabs * a.chunk_rows * kSlabBytes : 0);
-  float* const scales = reinterpret_cast<float*>(ring + a.stages * stage_bytes);  // [stages + 1, kTileBlocks]
-  Queue& queue = *reinterpret_cast<Queue*>(scales + (kIsInt8<T> ? (a.stages + 1) * kTileBlocks : 0));
-  float* const entry = reinterpret_cast<float*>(&queue + 1);  // [chunk_rows]
+  unsigned char* const ring = memory + a.ring_at;
+  float* const scales = reinterpret_cast<float*>(memory + a.scales_at);  // [stages + 1, kTileBlocks]
+  Flushing& state = *reinterpret_cast<Flushing*>(memory + a.state_at);
+  float* const entry = reinterpret_cast<float*>(memory + a.entry_at);  // [chunk_rows]
 
   // Neighbouring thread blocks share a range and differ in the chunk, so that the L2 cache serves all but
   // one.
@@ -352,17 +382,17 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
   const int num_rows = min(a.num_queries - first_row, a.chunk_rows);
   const int num_groups = (num_rows + kRows - 1) / kRows;
   const int64_t all_tiles = (a.last - a.first + kTileBlocks - 1) / kTileBlocks;
-  const int64_t begin_tile = all_tiles * range / a.ranges;
-  const int num_tiles = static_cast<int>(all_tiles * (range + 1) / a.ranges - begin_tile);
-  if (num_tiles == 0) return;
-  const int64_t begin_block = a.first + begin_tile * kTileBlocks;
+  const int begin_tile = static_cast<int>(all_tiles * range / a.ranges);
+  const int end_tile = static_cast<int>(all_tiles * (range + 1) / a.ranges);
+  if (begin_tile == end_tile) return;
+  const auto block_of = [&a](int tile) { return a.first + static_cast<int64_t>(tile) * kTileBlocks; };
 
   // What the ring fetches next.
-  int fetch_tile = 0, fetch_group = 0, fetch_slab_index = 0, fetch_stage = 0;
-  const auto fetch = [&] {
-    if (fetch_tile < num_tiles) {
-      unsigned char* stage = ring + fetch_stage * stage_bytes;
-      const int64_t block = begin_block + static_cast<int64_t>(fetch_tile) * kTileBlocks;
+  int fetch_tile = begin_tile, fetch_group = 0, fetch_slab_index = 0;
+  const auto fetch = [&](int into) {
+    if (fetch_tile < end_tile) {
+      unsigned char* stage = ring + into * a.stage_bytes;
+      const int64_t block = block_of(fetch_tile);
       fetch_slab<T, kTileBlocks>(stage, a.blocks, a.block_stride, block, a.last, fetch_slab_index,
                                  a.row_bytes, a.aligned);
       if (!a.resident) {
@@ -377,7 +407,6 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
                      bytes > 0 ? a.block_scale + block + 4 * tid : a.block_scale, bytes);
         }
       }
-      fetch_stage = fetch_stage + 1 == a.stages ? 0 : fetch_stage + 1;
       if (++fetch_slab_index == a.num_slabs) {
         fetch_slab_index = 0;
         if (a.resident || ++fetch_group == num_groups) {
@@ -400,15 +429,15 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
     }
   }
 #pragma unroll 1
-  for (int i = 0; i < a.stages - 1; ++i) fetch();
-  if (tid == 0) queue.count = queue.num_to_compact = 0;
+  for (int i = 0; i < a.stages - 1; ++i) fetch(i);
+  if (tid == 0) state.count = state.num_to_compact = 0;
   if (a.dense == nullptr) {
 #pragma unroll 1
     for (int row = tid; row < a.chunk_rows; row += kScanThreads) {
       entry[row] = INFINITY;
       if (row < num_rows) {
         entry[row] = entry_score<T>(a, first_row + row, load_relaxed(a.rows.thresholds + first_row + row),
-                                    begin_block);
+                                    block_of(begin_tile));
       }
     }
   }
@@ -423,9 +452,9 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
   __syncthreads();
 
 #pragma unroll 1
-  for (int tile = 0; tile < num_tiles; ++tile) {
-    const int64_t tile_block = begin_block + static_cast<int64_t>(tile) * kTileBlocks;
-    const int tile_columns = static_cast<int>(min(a.last - tile_block, static_cast<int64_t>(kTileBlocks)));
+  for (int tile = begin_tile; tile < end_tile; ++tile) {
+    const int tile_columns =
+        static_cast<int>(min(a.last - block_of(tile), static_cast<int64_t>(kTileBlocks)));
 #pragma unroll 1
     for (int group = 0; group < num_groups; ++group) {
       const int group_row = group * kRows;
@@ -439,8 +468,8 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
         } else if (slab > 0 && group == num_groups - 1) {
           __syncthreads();  // before the stage of the slab before is given away
         }
-        if (!tile_stays || group == num_groups - 1) fetch();
-        const unsigned char* b = ring + stage * stage_bytes;
+        if (!tile_stays || group == num_groups - 1) fetch(stage == 0 ? a.stages - 1 : stage - 1);
+        const unsigned char* b = ring + stage * a.stage_bytes;
         const unsigned char* q =
             a.resident ? resident + (slab * a.chunk_rows + group_row) * kSlabBytes : b + tile_bytes;
         multiply_slab<T, kRows>(acc, q, b);
@@ -458,7 +487,7 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
 #pragma unroll
         for (int r = 0; r < S::kThreadRows; ++r) {
           const int row = group_row + S::row(r);
-          float* to = a.dense + (first_row + row) * a.dense_stride + (tile_block - a.first);
+          float* to = a.dense + (first_row + row) * a.dense_stride + (block_of(tile) - a.first);
 #pragma unroll
           for (int c = 0; c < S::kThreadColumns; ++c) {
             if (row < num_rows && S::column(c) < tile_columns) to[S::column(c)] = value(r, c);
@@ -476,9 +505,9 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
 
       // Into the queue. The barrier is also the one the next slab needs, so that it costs nothing when there
       // is nothing to hand on.
-      const bool range_ends = tile + 1 == num_tiles && group == num_groups - 1;
-      uint64_t hits = 0;
+      bool hand_on = a.dense == nullptr && tile + 1 == end_tile && group == num_groups - 1;
       if (survivors) {
+        uint64_t hits = 0;
 #pragma unroll
         for (int r = 0; r < S::kThreadRows; ++r) {
           const float least = entry[group_row + S::row(r)];
@@ -489,15 +518,10 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
             }
           }
         }
-      }
-      for (;;) {
-        bool hand_on = false;
+        const Queue queue(a.queues);
 #pragma unroll 1
         while (hits != 0) {
           const int hit = __ffsll(static_cast<long long>(hits)) - 1;
-          const uint32_t place = atomicAdd(&queue.count, 1u);
-          hand_on = hand_on || place + 1 >= kFlushAt;
-          if (place >= kQueue) break;  // stays behind until the queue is empty again
           hits &= hits - 1;
           float score = 0;
 #pragma unroll
@@ -506,22 +530,21 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
           }
           const int row = group_row + S::row(hit / S::kThreadColumns);
           if constexpr (kIsInt8<T>) score *= a.query_scale[first_row + row];
-          queue.keys[place] = make_key(score, tile_block + S::column(hit % S::kThreadColumns));
+          const uint32_t place = atomicAdd(&state.count, 1u);
+          queue.keys[place] = make_key(score, block_of(tile) + S::column(hit % S::kThreadColumns));
           queue.rows[place] = static_cast<uint16_t>(row);
+          hand_on = hand_on || place + 1 >= kFlushAt;
         }
-        if (!tile_stays || group == num_groups - 1) wait_for_slab(0);
-        const bool more = __syncthreads_or(hand_on) != 0;
-        if (a.dense != nullptr || (!more && !range_ends)) break;
-        flush<T>(a, queue, entry, first_row, num_rows, tile_block);
-        if (!more) break;
       }
+      if (!tile_stays || group == num_groups - 1) wait_for_slab(0);
+      if (__syncthreads_or(hand_on)) flush<T>(a, state, entry, first_row, num_rows, block_of(tile));
     }
-    if (a.dense == nullptr && (tile < 4 || tile % kRefreshTiles == 0)) {
+    if (a.dense == nullptr && (tile - begin_tile < 4 || (tile - begin_tile) % kRefreshTiles == 0)) {
       // Take over what other thread blocks have raised. All are past the last barrier, so nobody reads.
 #pragma unroll 1
       for (int row = tid; row < num_rows; row += kScanThreads) {
         entry[row] = entry_score<T>(a, first_row + row, load_relaxed(a.rows.thresholds + first_row + row),
-                                    tile_block + kTileBlocks);
+                                    block_of(tile + 1));
       }
       __syncthreads();
     }
@@ -529,11 +552,14 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
 }
 
 template <class T, int kRows>
-size_t scan_shared_bytes(const ScanArguments& a) {
-  const size_t stage_bytes = (kTileBlocks + (a.resident ? 0 : kRows)) * kSlabBytes;
-  return (a.resident ? static_cast<size_t>(a.num_slabs) * a.chunk_rows * kSlabBytes : 0) +
-         a.stages * stage_bytes + (kIsInt8<T> ? (a.stages + 1) * kTileBlocks * sizeof(float) : 0) +
-         sizeof(Queue) + a.chunk_rows * sizeof(float);
+void set_layout(ScanPlan& a) {
+  a.stage_bytes = (kTileBlocks + (a.resident ? 0 : kRows)) * kSlabBytes;
+  a.ring_at = a.resident ? a.num_slabs * a.chunk_rows * kSlabBytes : 0;
+  a.scales_at = a.ring_at + a.stages * a.stage_bytes;
+  a.state_at =
+      a.scales_at + (kIsInt8<T> ? (a.stages + 1) * kTileBlocks * static_cast<int>(sizeof(float)) : 0);
+  a.entry_at = a.state_at + static_cast<int>(sizeof(Flushing));
+  a.shared_bytes = a.entry_at + a.chunk_rows * static_cast<int>(sizeof(float));
 }
 
 }  // namespace realm_fast::cuda

@@ -8,9 +8,9 @@ namespace realm_fast::cuda {
 
 struct ScanVariant {
   int rows;  // queries a group
-  size_t (*shared_bytes)(const ScanArguments&);
+  void (*set_layout)(ScanPlan&);
   int (*blocks_per_multiprocessor)(size_t shared_bytes);
-  void (*launch)(const ScanArguments&, int blocks, size_t shared_bytes, cudaStream_t);
+  void (*launch)(const ScanArguments&, int blocks, cudaStream_t);
 };
 
 template <class T, int kRows>
@@ -28,15 +28,15 @@ int scan_blocks_per_multiprocessor(size_t shared_bytes) {
   return blocks;
 }
 template <class T, int kRows>
-void launch_scan(const ScanArguments& a, int blocks, size_t shared_bytes, cudaStream_t stream) {
+void launch_scan(const ScanArguments& a, int blocks, cudaStream_t stream) {
+  const auto shared_bytes = static_cast<size_t>(a.shared_bytes);
   allow_shared<T, kRows>(shared_bytes);
   REALM_FAST_LAUNCH((scan<T, kRows>), blocks, kScanThreads, shared_bytes, stream, a);
   check_launch("mips_topk: scan");
 }
 template <class T, int kRows>
 constexpr ScanVariant scan_variant() {
-  return {kRows, &scan_shared_bytes<T, kRows>, &scan_blocks_per_multiprocessor<T, kRows>,
-          &launch_scan<T, kRows>};
+  return {kRows, &set_layout<T, kRows>, &scan_blocks_per_multiprocessor<T, kRows>, &launch_scan<T, kRows>};
 }
 
 // Two each: for few queries and for many.

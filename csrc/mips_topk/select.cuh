@@ -99,14 +99,15 @@ struct Rows {
   int capacity;          // a power of two > k
   int k;
 
-  __device__ __forceinline__ uint64_t* buffer(int64_t row, uint64_t epoch) const {
-    return candidates + (2 * row + static_cast<int64_t>(epoch & 1)) * capacity;
+  __device__ __forceinline__ uint64_t* buffer(int row, uint64_t epoch) const {
+    return candidates +
+           (2 * row + static_cast<int>(epoch & 1)) * capacity;  // a pass has few rows: 32 bits do
   }
 };
 
 enum class Append { kDone, kMustCompact, kTryAgain };
 
-__device__ __forceinline__ Append append(const Rows& rows, int64_t row, uint64_t key) {
+__device__ __forceinline__ Append append(const Rows& rows, int row, uint64_t key) {
   const uint64_t old = atomicAdd(reinterpret_cast<unsigned long long*>(rows.counts + row), 1ull);
   const uint32_t place = static_cast<uint32_t>(old);
   if (place < static_cast<uint32_t>(rows.capacity)) {
@@ -118,7 +119,7 @@ __device__ __forceinline__ Append append(const Rows& rows, int64_t row, uint64_t
 }
 
 // By all threads of one block, the one that drew the place past the end.
-__device__ __forceinline__ void compact(const Rows& rows, int64_t row, SelectScratch& s) {
+__device__ __forceinline__ void compact(const Rows& rows, int row, SelectScratch& s) {
   const int tid = static_cast<int>(threadIdx.x);
   const uint64_t epoch = load_relaxed(rows.counts + row) >> 32;
   uint64_t* from = rows.buffer(row, epoch);

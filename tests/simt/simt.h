@@ -264,6 +264,7 @@ template <int kPending>
 void cp_async_wait() {
   copy_wait(kPending);
 }
+inline void prefetch_l2(const void*) {}
 inline void pause_briefly() { yield_now(); }
 
 void ldmatrix_x4_raw(uint32_t* r, const void* row, int line);

@@ -76,6 +76,7 @@ using ::simt::load_relaxed;
 using ::simt::mma_m16n8k16;
 using ::simt::mma_m16n8k32;
 using ::simt::pause_briefly;
+using ::simt::prefetch_l2;
 using ::simt::store_relaxed;
 
 #else
@@ -154,6 +155,9 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
 }
 __device__ __forceinline__ void store_relaxed(uint64_t* p, uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;\n" ::"l"(p), "l"(value) : "memory");
+}
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
 }
 // For loops that wait for another thread block.
 __device__ __forceinline__ void pause_briefly() { __nanosleep(64); }
