@@ -26,7 +26,6 @@ from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import IndexSnapshot
 from realm_fast.token_store import TokenStore
 
-HELD_OUT_QUERIES = 512
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +75,7 @@ class Probe:
         settings, tokenizer = self.config.pretrain, self.store.tokenizer()
         shown = []
         for slot in range(count):
-            query = self.held_out.query(0, HELD_OUT_QUERIES + slot)
+            query = self.held_out.query(0, self.config.evaluate.held_out_queries + slot)
             candidates = retrieve_candidates(
                 snapshot.index,
                 self.store,
@@ -103,7 +102,7 @@ class Probe:
         }
         if self.held_out is None:
             return dict.fromkeys(names)
-        settings = self.config.pretrain
+        settings, count = self.config.pretrain, self.config.evaluate.held_out_queries
         sums, counted = dict.fromkeys(names, 0.0), 0
         was_training = self.model.training
         self.model.eval()
@@ -111,11 +110,11 @@ class Probe:
             with (
                 torch.no_grad(),
                 bar(
-                    total=HELD_OUT_QUERIES, desc="held-out words", unit="query", enabled=self.progress
+                    total=count, desc="held-out words", unit="query", enabled=self.progress
                 ) as shown,
             ):
-                for start in range(0, HELD_OUT_QUERIES, settings.batch_queries):
-                    slots = range(start, min(start + settings.batch_queries, HELD_OUT_QUERIES))
+                for start in range(0, count, settings.batch_queries):
+                    slots = range(start, min(start + settings.batch_queries, count))
                     queries = [self.held_out.query(0, slot) for slot in slots]
                     output, _ = realm_step(
                         self.model,

@@ -1,0 +1,334 @@
+"""The pre-training loop: what it learns, that resuming changes nothing, and what it refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from realm_fast.checkpoint import checkpoint_steps, newest_checkpoint
+from realm_fast.config import apply_overrides
+from realm_fast.errors import ConfigError, DataError, ProvenanceError, TrainingDivergedError, UserError
+from realm_fast.metrics import read_jsonl, read_metrics
+from realm_fast.run_folder import RunFolder
+from realm_fast.snapshot import list_snapshots
+from realm_fast.train import Pretrainer, pretrain, step_seed
+from tests import qa_world
+
+STEPS = 12
+SETTINGS = (
+    "masking.strategy=random_token",
+    "masking.random_token_rate=0.3",
+    "masking.max_masks=4",
+    f"pretrain.steps={STEPS}",
+    "pretrain.batch_queries=4",
+    "pretrain.num_candidates=3",
+    "pretrain.reader_lr=3e-3",
+    "pretrain.embedder_lr=3e-3",
+    "pretrain.checkpoint_every_steps=3",
+    "pretrain.log_every_steps=1",
+    "pretrain.illustrations=2",
+    "refresh.mode=inline",
+    "refresh.every_steps=4",
+    "evaluate.held_out_queries=16",
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models here are so small that handing work to a second thread costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return qa_world.make_store(tmp_path_factory.mktemp("world"), count=60)
+
+
+def new_run(tmp_path, store, *overrides):
+    config = qa_world.settings(store.path.parent, *SETTINGS, *overrides)
+    return RunFolder.create(tmp_path / "run", config, store), config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, store):
+    run, config = new_run(tmp_path_factory.mktemp("finished"), store)
+    pretrain(run, config)
+    return run
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in read_metrics(run.pretrain_dir / "metrics.jsonl")}
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    folder = finished.pretrain_dir
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["trainer_wait_s"] == 0 for line in lines)
+    # inline: refreshed after steps 4 and 8 (and at the end), so step s uses weights of the last multiple of 4 before it
+    assert [line["staleness_steps"] for line in lines] == [(s - 1) % 4 for s in range(1, STEPS + 1)]
+    evaluations = read_jsonl(folder / "evaluations.jsonl", "the evaluations")
+    assert [(e["when"], e["subset"]) for e in evaluations] == [
+        ("before", "all"), ("before", "reachable"), ("after", "all"), ("after", "reachable"),
+    ]  # fmt: skip
+    for evaluation in evaluations:
+        assert 0 <= evaluation["recall"]["1"] <= evaluation["recall"]["5"] <= evaluation["recall"]["20"] <= 100
+        utility = evaluation["masked_nll_null"] - evaluation["masked_nll"]
+        assert evaluation["retrieval_utility"] == pytest.approx(utility, abs=1e-3)
+    illustrations = json.loads((folder / "illustrations.json").read_text())
+    assert len(illustrations) == 2
+    for shown in illustrations:
+        assert sum(c["p_z"] for c in shown["candidates"]) == pytest.approx(1)
+        assert sum(c["gradient"] for c in shown["candidates"]) == pytest.approx(0, abs=1e-9)
+    stages = [json.loads(line)["stage"] for line in finished.stages_path.read_text().splitlines()]
+    assert stages == ["index", "measure before", "pretrain", "measure after"]
+
+
+def test_the_last_checkpoint_comes_with_an_index_of_its_own_weights(finished):
+    checkpoint = newest_checkpoint(finished.pretrain_dir / "checkpoints")
+    assert checkpoint.step == checkpoint.state["snapshot_step"] == STEPS
+    assert STEPS in list_snapshots(finished.pretrain_dir / "snapshots")
+
+
+def test_training_lowers_the_loss(finished):
+    values = list(losses(finished).values())
+    assert sum(values[-3:]) / 3 < 0.95 * sum(values[:3]) / 3
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, store, finished):
+    run, config = new_run(tmp_path, store)
+    pretrain(run, config)
+    assert losses(run) == losses(finished)
+    assert step_seed(3, 1) != step_seed(3, 2) != step_seed(4, 2)
+    other, config = new_run(tmp_path / "other", store, "seed=4", "pretrain.steps=2", "pretrain.illustrations=0")
+    pretrain(other, config)
+    assert losses(other)[1] != losses(finished)[1]
+
+
+def test_resuming_after_an_interruption_takes_the_same_steps(tmp_path, store, finished):
+    run, config = new_run(tmp_path, store)
+    interrupted_at = 5
+
+    class Stop(Exception):
+        pass
+
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+    real = trainer._forward_backward
+
+    def forward_backward(step):
+        if step > interrupted_at:
+            raise Stop
+        return real(step)
+
+    trainer._forward_backward = forward_backward
+    with pytest.raises(Stop):
+        pretrain_with(trainer)
+    assert max(losses(run)) == interrupted_at
+    pretrain(run, config, resume=True)
+    assert losses(run) == losses(finished)
+    for name in ("embedder", "reader"):
+        ours = newest_checkpoint(run.pretrain_dir / "checkpoints").path / name / "model.safetensors"
+        theirs = newest_checkpoint(finished.pretrain_dir / "checkpoints").path / name / "model.safetensors"
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def pretrain_with(trainer):
+    from realm_fast.signals import StopRequest
+
+    try:
+        trainer.train(StopRequest())
+    finally:
+        trainer.close()
+
+
+SCRIPT = """
+import sys, torch
+from realm_fast.run_folder import RunFolder
+from realm_fast.train import pretrain
+torch.set_num_threads(1)
+run = RunFolder(sys.argv[1])
+print("ready", flush=True)
+pretrain(run, run.config(), resume=True)
+print("done", flush=True)
+"""
+
+
+def start(run):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(run.path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+
+def test_killed_at_random_moments_it_still_reaches_the_same_losses(tmp_path, store, finished):
+    """SIGKILL at any moment (start-up, search, checkpoint, refresh, evaluation) costs time, never the result."""
+    run, _ = new_run(tmp_path, store)
+    moments = random.Random(20)
+    kills = 0
+    for attempt in range(40):
+        child = start(run)
+        assert child.stdout.readline() == "ready\n", child.stderr.read()
+        try:
+            # Longer lives as attempts go by, so that the test ends; early ones die in set-up or mid-step.
+            child.wait(timeout=moments.uniform(0.05, 1.0) * (1 + attempt / 4))
+        except subprocess.TimeoutExpired:
+            child.kill()
+            kills += 1
+        output, errors = child.communicate()
+        if child.returncode == 0:
+            assert output == "done\n"
+            break
+        assert child.returncode == -signal.SIGKILL, errors
+    assert kills >= 2
+    assert child.returncode == 0, "never finished"
+    assert losses(run) == losses(finished)
+    names = {path.name for path in run.pretrain_dir.rglob(".staging*")}
+    assert names == set()
+
+
+def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path, store):
+    run, _ = new_run(tmp_path, store, "pretrain.steps=2000", "pretrain.checkpoint_every_steps=1000")
+    child = start(run)
+    metrics = run.pretrain_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=60)
+    assert "Interrupted: SIGTERM: stopped after step" in errors
+    last = max(losses(run))
+    assert checkpoint_steps(run.pretrain_dir / "checkpoints") == [last]
+
+
+def test_a_live_refresh_never_makes_the_trainer_wait(tmp_path, store):
+    run, config = new_run(tmp_path, store, "refresh.mode=thread", "refresh.every_steps=2", "pretrain.illustrations=0")
+    pretrain(run, config)
+    lines = read_metrics(run.pretrain_dir / "metrics.jsonl")
+    assert all(line["trainer_wait_s"] == 0 for line in lines)
+    assert all(line["refresh_failures"] == 0 for line in lines)
+    assert lines[-1]["snapshot_step"] > 0
+
+
+def test_max_staleness_makes_it_wait(tmp_path, store):
+    run, config = new_run(
+        tmp_path, store, "refresh.mode=thread", "refresh.every_steps=2", "refresh.max_staleness_steps=2",
+        "pretrain.illustrations=0",
+    )  # fmt: skip
+    pretrain(run, config)
+    assert max(line["staleness_steps"] for line in read_metrics(run.pretrain_dir / "metrics.jsonl")) <= 2
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path, store):
+    gradients = []
+    for name, batch, batches in (("one", 8, 1), ("four", 2, 4)):
+        run, config = new_run(
+            tmp_path / name, store, f"pretrain.batch_queries={batch}", f"pretrain.accumulate_batches={batches}",
+            "embedder.dropout=0",
+        )  # fmt: skip
+        trainer = Pretrainer(run, config, resume=False, progress=False)
+        trainer.model.eval()  # dropout would differ
+        trainer._forward_backward(1)
+        gradients.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
+        trainer.close()
+    for one, four in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, four, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("strategy", ["salient_span", "random_span"])
+def test_other_levels_and_maskings_train(tmp_path, store, level, strategy):
+    run, config = new_run(
+        tmp_path, store, f"pretrain.level={level}", f"masking.strategy={strategy}", "masking.entity_tagger=rules",
+        "pretrain.steps=2", "pretrain.illustrations=0",
+    )  # fmt: skip
+    pretrain(run, config)
+    assert len(losses(run)) == 2
+
+
+def test_a_frozen_retriever_does_not_move(tmp_path, store):
+    run, config = new_run(tmp_path, store, "pretrain.train_retriever=false", "pretrain.steps=4", "pretrain.illustrations=0")
+    pretrain(run, config)
+    hashes = {s.encoder_hash for s in map(manifest_of, list_snapshots(run.pretrain_dir / "snapshots").values())}
+    assert len(hashes) == 1
+    assert read_metrics(run.pretrain_dir / "metrics.jsonl")[-1]["embedder_lr"] == 0
+
+
+def manifest_of(path):
+    from realm_fast.snapshot import read_manifest
+
+    return read_manifest(path)
+
+
+def test_bfloat16_and_no_null_block_and_no_questions(tmp_path, store, caplog):
+    run, config = new_run(
+        tmp_path, store, "pretrain.precision=bfloat16", "pretrain.use_null_block=false", "pretrain.steps=2",
+        "evaluate.questions=/nowhere/questions.jsonl",
+    )  # fmt: skip
+    pretrain(run, config)
+    evaluations = read_jsonl(run.pretrain_dir / "evaluations.jsonl", "the evaluations")
+    assert evaluations[0]["recall"] == {}
+    assert evaluations[0]["masked_nll_null"] is None
+    assert "recall is not measured" in caplog.text
+
+
+def test_nan_is_reported_and_the_checkpoint_survives(tmp_path, store):
+    run, config = new_run(tmp_path, store, "pretrain.illustrations=0")
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+    real = trainer._forward_backward
+
+    def forward_backward(step):
+        if step == 5:
+            with torch.no_grad():
+                trainer.model.reader.vocab_bias.fill_(torch.nan)
+        return real(step)
+
+    trainer._forward_backward = forward_backward
+    with pytest.raises(TrainingDivergedError, match="step 5"):
+        pretrain_with(trainer)
+    assert newest_checkpoint(run.pretrain_dir / "checkpoints").step == 3
+
+
+def test_what_does_not_fit_is_refused(tmp_path, store, finished):
+    with pytest.raises(UserError, match="already has a checkpoint of step 12"):
+        pretrain(finished, finished.config())
+    changed = apply_overrides(finished.config(), ["pretrain.reader_lr=1e-4"])
+    with pytest.raises(ConfigError, match=r"pretrain.reader_lr: the checkpoint has 0.003, now it is 0.0001"):
+        pretrain(finished, changed, resume=True)
+    run, config = new_run(tmp_path, store, "pretrain.num_candidates=100000")
+    with pytest.raises(ConfigError, match=r"pretrain.num_candidates: expected at most"):
+        pretrain(run, config)
+    (tmp_path / "elsewhere").mkdir()
+    other = qa_world.make_store(tmp_path / "elsewhere", count=9)
+    with pytest.raises(ProvenanceError, match="belongs to corpus"):
+        finished.check_store(other)
+    with pytest.raises(DataError, match="not a run folder"):
+        RunFolder(tmp_path)
+
+
+def test_two_trainers_on_one_run_are_refused(tmp_path, store):
+    run, config = new_run(tmp_path, store)
+    with run.lock("pretrain"), pytest.raises(UserError, match=rf"pid {os.getpid()}"):
+        pretrain(run, config)
+
+
+def test_a_lost_snapshot_is_made_again_and_said(tmp_path, store, caplog):
+    run, config = new_run(tmp_path, store, "pretrain.illustrations=0")
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+    trainer.config = apply_overrides(config, ["pretrain.steps=6"])
+    pretrain_with(trainer)
+    for path in list_snapshots(run.pretrain_dir / "snapshots").values():
+        (path / "index.safetensors").write_bytes(b"gone")
+    pretrain(run, config, resume=True)
+    assert "index is embedded again" in caplog.text
+    assert max(losses(run)) == STEPS
