@@ -254,7 +254,7 @@ class MipsIndex:
         """Builds an index over a copy of `emb`.
 
         Args:
-            emb: [N, D] float32, bfloat16 or float16, one row a block.
+            emb: [N, D] float32, bfloat16 or float16, one row a block; N may be 0, D not.
             dtype: what a search reads: "float32", "bfloat16" or "int8". Answers are float32-exact for each.
             ids: [N] int64 or int32, distinct and >= 0; None: 0 .. N-1.
             provenance: what the embeddings were made from.
@@ -267,6 +267,8 @@ class MipsIndex:
         """
         check_choice("dtype", dtype, DTYPES)
         check_tensor("emb", emb, shape=["N", "D"], dtypes=FLOAT_DTYPES)
+        if emb.shape[1] == 0:
+            raise ValueError(f"emb: expected at least one column, got {list(emb.shape)}")
         if dtype == "int8" and emb.shape[1] > MAX_INT8_DIM:
             raise ValueError(f"emb: expected at most {MAX_INT8_DIM} columns for int8, got {emb.shape[1]}")
         originals_file = None if originals == "memory" else Path(originals)

@@ -684,6 +684,8 @@ struct Driver {
 
   bool run() {
     const DefaultFloatEnvironment environment;
+    // Padding is told from rows by its NaN, which takes a column.
+    if (search.dim < 1) throw std::invalid_argument("dim: expected at least 1");
     if (search.num_queries == 0 || search.k == 0) return true;
     std::fill(search.scores, search.scores + search.num_queries * search.k, -kInfinity);
     std::fill(search.keys, search.keys + search.num_queries * search.k, int64_t{-1});

@@ -39,7 +39,7 @@ def mips_topk_reference(
     scores = queries @ blocks.T  # [B, N]
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if exclude_ids is not None:
-        excluded = exclude_ids.reshape(len(queries), -1).long()  # [B, E]
+        excluded = (exclude_ids[:, None] if exclude_ids.dim() == 1 else exclude_ids).long()  # [B, E]
         one_more = torch.nn.functional.pad(scores, (0, 1))  # -1 marks the column that is cut off again
         scores = one_more.scatter(1, excluded.remainder(scores.shape[1] + 1), -torch.inf)[:, :-1]
     scores, ids = scores.sort(dim=1, descending=True, stable=True)  # stable: ties to the lower id
@@ -122,9 +122,11 @@ def mips_topk_op(
     if exclude_ids is not None:
         _check_range(exclude_ids, len(blocks))
         exclude_ids = exclude_ids.long().contiguous()
+    if queries.shape[1] == 0:  # every score is 0; the kernels want at least one column
+        queries, blocks = (torch.nn.functional.pad(t, (0, 1)) for t in (queries, blocks))
     (num_queries, dim), num_blocks = queries.shape, blocks.shape[0]
     values = queries.float().contiguous()
-    rows = blocks if dim == 0 or blocks.stride(1) == 1 else blocks.contiguous()
+    rows = blocks if blocks.stride(1) == 1 else blocks.contiguous()
     scores = torch.empty(num_queries, k)
     ids = torch.empty(num_queries, k, dtype=torch.int64)
     _native.mips_topk_rows(
