@@ -213,13 +213,28 @@ def _load_config(arguments: argparse.Namespace, base: "Config | None" = None, **
 
 def _corpus_build(arguments: argparse.Namespace) -> None:
     from realm_fast.corpus import build_corpus
-    from realm_fast.masking import prepare_spans
+    from realm_fast.masking import prepare_spans, spans_path
+    from realm_fast.run_folder import corpus_stages_path, record_stage
 
     config = _load_config(arguments, corpus__source=arguments.source)
-    store = build_corpus(config.corpus, Path(arguments.out), progress=True)
-    if not arguments.no_spans:
-        prepare_spans(store, config.masking, progress=True)
-    print(f"{arguments.out}: {len(store):,} blocks, corpus {store.corpus_hash[:16]}")
+    out = Path(arguments.out)
+    notes = corpus_stages_path(out)
+    if out.exists():
+        store = build_corpus(config.corpus, out, progress=True)
+    else:
+        with record_stage(notes, "corpus") as details:
+            store = build_corpus(config.corpus, out, progress=True)
+            details |= {"blocks": len(store)}
+    print(f"{out}: {len(store):,} blocks, corpus {store.corpus_hash[:16]}")
+    if arguments.no_spans or config.masking.strategy != "salient_span":
+        return
+    if spans_path(store, config.masking.entity_tagger).exists():
+        spans = prepare_spans(store, config.masking, progress=True)
+    else:
+        with record_stage(notes, "salient spans") as details:
+            spans = prepare_spans(store, config.masking, progress=True)
+            details |= {"spans": spans.num_spans}
+    print(f"{spans.path}: {spans.num_spans:,} salient spans ({spans.tagger})")
 
 
 def _corpus_info(arguments: argparse.Namespace) -> None:

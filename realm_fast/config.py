@@ -166,7 +166,9 @@ class EvaluateConfig:
     limit_questions: int = setting(0, "of each set (0: all)", minimum=0)
     reader_beam: int = setting(5, "blocks that the reader reads", minimum=1)
     recall_at: str = setting("1,5,20", "cut-offs of recall, comma-separated")
-    held_out_queries: int = setting(256, "masked sentences of held-out documents, for masked accuracy", minimum=1)
+    held_out_queries: int = setting(
+        256, "masked sentences of held-out documents, for masked accuracy", minimum=1
+    )
     reachable_top_k: int = setting(
         50, "a question is reachable if its answer is in the BM25 or untrained dense top so many", minimum=1
     )

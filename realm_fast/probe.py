@@ -109,9 +109,7 @@ class Probe:
         try:
             with (
                 torch.no_grad(),
-                bar(
-                    total=count, desc="held-out words", unit="query", enabled=self.progress
-                ) as shown,
+                bar(total=count, desc="held-out words", unit="query", enabled=self.progress) as shown,
             ):
                 for start in range(0, count, settings.batch_queries):
                     slots = range(start, min(start + settings.batch_queries, count))

@@ -26,7 +26,7 @@ from typing import Any
 
 from realm_fast.config import Config
 from realm_fast.errors import DataError, ProvenanceError, UserError
-from realm_fast.files import read_json, remove_staging, write_json
+from realm_fast.files import disk_errors, read_json, remove_staging, write_json
 from realm_fast.token_store import TokenStore
 
 FORMAT_VERSION = 1
@@ -69,7 +69,11 @@ class RunFolder:
                 "machine": describe_machine(),
             },
         )
-        return cls(path)
+        run = cls(path)
+        built = corpus_stages_path(store.path)
+        if built.is_file():  # what making the corpus took belongs to the whole
+            run.stages_path.write_text(built.read_text(encoding="utf-8"), encoding="utf-8")
+        return run
 
     @classmethod
     def open_or_create(cls, path: str | Path, config: Config, store: TokenStore) -> "RunFolder":
@@ -147,22 +151,8 @@ class RunFolder:
 
         Yields a dictionary for details worth keeping (counts, rates).
         """
-        details: dict[str, Any] = {}
-        started, begin = now_iso(), time.monotonic()
-        yield details
-        self.record_stage(name, started=started, seconds=time.monotonic() - begin, details=details)
-
-    def record_stage(self, name: str, *, started: str, seconds: float, details: dict[str, Any]) -> None:
-        record = {
-            "stage": name,
-            "seconds": round(seconds, 3),
-            "started": started,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "details": details,
-        }
-        with open(self.stages_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        with record_stage(self.stages_path, name) as details:
+            yield details
 
     def clean(self) -> None:
         """Removes what killed processes left unfinished."""
@@ -172,6 +162,29 @@ class RunFolder:
         ):  # fmt: skip
             if folder.is_dir():
                 remove_staging(folder)
+
+
+def corpus_stages_path(store_path: Path) -> Path:
+    """Where `realm-fast corpus build` notes what it took: a file beside the store."""
+    return store_path.with_name(f"{store_path.name}.stages.jsonl")
+
+
+@contextlib.contextmanager
+def record_stage(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Adds a line about what was done inside to `path`, if it ended well. Yields details to fill in."""
+    details: dict[str, Any] = {}
+    started, begin = now_iso(), time.monotonic()
+    yield details
+    record = {
+        "stage": name,
+        "seconds": round(time.monotonic() - begin, 3),
+        "started": started,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "details": details,
+    }
+    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def now_iso() -> str:

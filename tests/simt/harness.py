@@ -138,7 +138,9 @@ class Harness:
         **options: Any,
     ) -> Run:
         """Runs a driver: arrays go in and come back as raw files, everything else as key=value."""
-        words = [f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in options.items()]
+        words = [
+            f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in options.items()
+        ]
         for key, array in (inputs or {}).items():
             if array is not None:
                 path = folder / f"{key}.in"
