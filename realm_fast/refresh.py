@@ -300,7 +300,8 @@ class ProcessRefresher:
     def _read(self, child: subprocess.Popen) -> None:
         assert child.stdout is not None
         for line in child.stdout:
-            self._events.put(json.loads(line))
+            if line.endswith("\n"):  # a child killed while writing leaves half a line
+                self._events.put(json.loads(line))
 
     def _send(self, message: dict) -> None:
         assert self._child.stdin is not None

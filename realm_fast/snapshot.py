@@ -90,14 +90,9 @@ def write_snapshot(
     """
     path = folder / snapshot_name(step)
     provenance = Provenance(encoder_hash=embedder.hash(), corpus_hash=store.corpus_hash, step=step)
+    if _is_made_from(path, provenance):
+        return path
     if path.is_dir():
-        with contextlib.suppress(DataError, CorruptArtifactError, TypeError):
-            existing = read_manifest(path)
-            if (existing.encoder_hash, existing.corpus_hash) == (
-                provenance.encoder_hash,
-                provenance.corpus_hash,
-            ):
-                return path
         shutil.rmtree(path)
     stats = EmbeddingStats()
     embeddings = embed_blocks(
@@ -127,6 +122,16 @@ def write_snapshot(
         )
         write_json(staging / MANIFEST_FILE, asdict(manifest))
     return path
+
+
+def _is_made_from(path: Path, provenance: Provenance) -> bool:
+    with contextlib.suppress(DataError, CorruptArtifactError):
+        manifest = read_manifest(path)
+        return (manifest.encoder_hash, manifest.corpus_hash) == (
+            provenance.encoder_hash,
+            provenance.corpus_hash,
+        )
+    return False
 
 
 def read_manifest(path: Path) -> SnapshotManifest:

@@ -202,7 +202,7 @@ class Pretrainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step = step
                 staleness_steps = step - 1 - self.snapshot.step
-                if self.schedule.is_due(step):
+                if self.schedule.is_due(step) and step < settings.steps:
                     self.refresher.submit(step, self.model.embedder)
                 self._swap_snapshot()
 
@@ -330,6 +330,7 @@ class Pretrainer:
 
     def _save(self) -> None:
         if self.step == self.config.pretrain.steps:  # what comes next searches an index of the final weights
+            self.refresher.close()  # whatever it is at would be older
             self.snapshot = open_snapshot(
                 self.task.write(self.step, self.model.embedder, progress=self.progress)
             )
