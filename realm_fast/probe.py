@@ -85,6 +85,8 @@ class Probe:
                 exclude_trivial=settings.exclude_trivial,
                 use_null_block=settings.use_null_block,
             )
+            if not candidates.present.any():  # every block is a near-copy, and there is no null block
+                continue
             title = self.store.title(query.origin_block_id)
             shown.append(
                 illustrate(self.model, self.store, tokenizer, query, candidates, title=title, step=step)
