@@ -7,6 +7,7 @@
 namespace py = pybind11;
 
 namespace realm_fast {
+void bind_embed_epilogue(py::module_& m);
 void bind_linear_marginal_ce(py::module_& m);
 void bind_marginal_lse(py::module_& m);
 void bind_mips_topk(py::module_& m);
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_native, m) {
 #endif
     return d;
   });
+  realm_fast::bind_embed_epilogue(m);
   realm_fast::bind_linear_marginal_ce(m);
   realm_fast::bind_marginal_lse(m);
   realm_fast::bind_mips_topk(m);

@@ -1,0 +1,7 @@
+#include "embed_epilogue/embed_epilogue_kernel.h"
+
+namespace realm_fast {
+
+EpilogueRows embed_epilogue_avx2() { return run_rows; }
+
+}  // namespace realm_fast
