@@ -29,6 +29,7 @@ import torch
 
 from realm_fast import optim
 from realm_fast.checkpoint import (
+    checkpoint_name,
     checkpoint_steps,
     clean_checkpoints,
     identity_of,
@@ -59,7 +60,7 @@ from realm_fast.reading import (
     read_blocks,
     retrieve,
 )
-from realm_fast.run_folder import RunFolder
+from realm_fast.run_folder import RunFolder, now_iso
 from realm_fast.signals import stop_on_signal
 from realm_fast.snapshot import open_snapshot
 from realm_fast.token_store import TokenStore
@@ -131,14 +132,21 @@ def finetune(
             )
         if questions is None:
             questions = load_questions(config.finetune.questions, limit=config.finetune.limit_questions)
-        with run.stage("finetune") as details:
-            trainer = Trainer.open(run, config, list(questions), resume=resume, progress=progress)
-            details |= {
-                "started_from": trainer.started_from,
-                "questions": trainer.selection.counts,
-                "notes": getattr(questions, "notes", []),
-            }
-            return trainer.train(progress=progress)
+        started, begin = now_iso(), time.monotonic()
+        trainer = Trainer.open(run, config, list(questions), resume=resume, progress=progress)
+        if trainer.step >= config.finetune.steps:
+            log.info("%s: all %d steps are done; nothing is left to do", run.finetune_dir, trainer.step)
+            return trainer.result(None)
+        first = trainer.step
+        result = trainer.train(progress=progress)
+        details = {
+            "started_from": trainer.started_from,
+            "steps": trainer.step - first,
+            "questions": trainer.selection.counts,
+            "notes": getattr(questions, "notes", []),
+        }
+        run.record_stage("finetune", started=started, seconds=time.monotonic() - begin, details=details)
+        return result
 
 
 class Trainer:
@@ -169,7 +177,7 @@ class Trainer:
         self.tokens, _ = question_tokens(store.tokenizer(), questions, self.settings.max_question_tokens)
         self.block_encoder_hash = embedder.hash()
         self.step = 0
-        self.window: Counter[str] = Counter()  # sums since the last line of metrics.jsonl
+        self.window: dict[str, float] = {}  # sums since the last line of metrics.jsonl
         embedder.block_side.requires_grad_(False)
         tuning = config.finetune
         self.warmup_steps = optim.finetune_warmup_steps(tuning.warmup_steps, tuning.steps)
@@ -257,7 +265,7 @@ class Trainer:
         if checkpoint is not None:
             checkpoint.load_optimizer(trainer.optimizer)
             trainer.step = checkpoint.step
-            trainer.window = Counter(checkpoint.state["window"])
+            trainer.window = dict(checkpoint.state["window"])
         return trainer
 
     def train(self, *, progress: bool) -> FinetuneResult:
@@ -271,13 +279,12 @@ class Trainer:
         shown = bar(total=tuning.steps, desc="fine-tune", unit="step", initial=self.step, enabled=progress)
         with metrics, shown, stop_on_signal() as stop:
             metrics.truncate_after(self.step)
-            saved = self.step if self.step else -1
             while self.step < tuning.steps:
                 begin = time.perf_counter()
                 self.step += 1
                 loss, rates, grad_norm = self._update(next(order))
                 seconds = time.perf_counter() - begin
-                self.window["step_s"] += seconds
+                self._add(step_s=seconds)
                 shown.update()
                 shown.set_postfix(loss=loss, questions_per_s=tuning.batch_questions / seconds)
                 if self.step % tuning.log_every_steps == 0 or self.step == tuning.steps:
@@ -286,14 +293,17 @@ class Trainer:
                 if self.step % tuning.checkpoint_every_steps == 0 or self.step == tuning.steps or stop:
                     metrics.flush()
                     self.save()
-                    saved = self.step
                 if stop and self.step < tuning.steps:
                     stop.raise_interrupted(
                         f"fine-tuning stopped after step {self.step} of {tuning.steps} and is saved; "
                         f"`realm-fast finetune {self.run.path} --resume` goes on from there."
                     )
-        folder = self.run.finetune_dir / "checkpoints"
-        return FinetuneResult(saved, loss, folder / f"step-{saved:08d}", self.selection.counts)
+        return self.result(loss)
+
+    def result(self, loss: float | None) -> FinetuneResult:
+        """What `finetune` returns, at the step reached."""
+        path = self.run.finetune_dir / "checkpoints" / checkpoint_name(self.step)
+        return FinetuneResult(self.step, loss, path, self.selection.counts)
 
     def _update(self, batch: Sequence[int]) -> tuple[float, dict[str, float], float]:
         tuning = self.config.finetune
@@ -309,15 +319,13 @@ class Trainer:
         grad_norm = optim.clip_gradients(self.optimizer, tuning.clip_grad_norm, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.window.update(
-            {
-                "steps": 1,
-                "loss": loss,
-                "retriever_loss": float(parts.retriever.detach()),
-                "reader_loss": float(parts.reader.detach()),
-                "with_answer_retrieved": parts.with_answer_retrieved,
-                "with_answer_read": parts.with_answer_read,
-            }
+        self._add(
+            steps=1,
+            loss=loss,
+            retriever_loss=float(parts.retriever.detach()),
+            reader_loss=float(parts.reader.detach()),
+            with_answer_retrieved=parts.with_answer_retrieved,
+            with_answer_read=parts.with_answer_read,
         )
         return loss, rates, grad_norm
 
@@ -372,6 +380,10 @@ class Trainer:
             identity=self.identity,
             keep=self.config.finetune.keep_checkpoints,
         )
+
+    def _add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.window[name] = self.window.get(name, 0) + value
 
     def _record(self, rates: dict[str, float], grad_norm: float) -> dict[str, Any]:
         """A line of metrics.jsonl: means since the last one; rates and gradient norm of this step."""

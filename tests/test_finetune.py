@@ -269,7 +269,8 @@ def test_two_sided_embedders_are_not_split_again(folder, store):
 # ---------------------------------------------------------------- going on after a stop
 
 
-def test_resume_after_a_crash_is_bit_exact(folder, store, monkeypatch):
+def test_resume_after_a_crash_is_bit_exact(folder, store, monkeypatch, caplog):
+    caplog.set_level("INFO", "realm_fast")
     whole, config = qa_world.make_run(folder, "whole", store)
     ft.finetune(whole, config)
     broken, config = qa_world.make_run(folder, "broken", store)
@@ -291,7 +292,10 @@ def test_resume_after_a_crash_is_bit_exact(folder, store, monkeypatch):
     assert equal(weights(broken), weights(whole))
     again = ft.finetune(broken, config, resume=True)  # nothing left to do
     assert (again.step, again.loss) == (12, None)
+    assert "all 12 steps are done" in caplog.text
     assert figures(broken) == figures(whole)
+    stages = [json.loads(line) for line in broken.stages_path.read_text().splitlines()]
+    assert [(s["stage"], s["details"]["steps"]) for s in stages] == [("finetune", 8)]
 
 
 def test_kills_and_stops_at_any_moment_change_nothing(tmp_path):
