@@ -18,7 +18,7 @@ from pathlib import Path
 from realm_fast.config import IndexConfig
 from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStats, Precision, embed_blocks
-from realm_fast.errors import CorruptArtifactError, DataError
+from realm_fast.errors import CorruptArtifactError, DataError, ProvenanceError
 from realm_fast.files import atomic_dir, read_json, sha256_file, write_json
 from realm_fast.index import FaissIndex, Index, MipsIndex, Provenance
 from realm_fast.token_store import TokenStore
@@ -125,12 +125,9 @@ def write_snapshot(
 
 
 def _is_made_from(path: Path, provenance: Provenance) -> bool:
-    with contextlib.suppress(DataError, CorruptArtifactError):
-        manifest = read_manifest(path)
-        return (manifest.encoder_hash, manifest.corpus_hash) == (
-            provenance.encoder_hash,
-            provenance.corpus_hash,
-        )
+    with contextlib.suppress(DataError, CorruptArtifactError, ProvenanceError):
+        manifest = open_snapshot(path, expect=provenance, verify=True).manifest
+        return manifest.step == provenance.step
     return False
 
 
