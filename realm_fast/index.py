@@ -170,9 +170,11 @@ class _Rows:
             keys = np.where((ids >= 0) & (ids < self.num_rows), ids, -1)
         else:
             known = self.ids_of_all() if ranks is None else ranks.ids
+            if len(known) == 0:
+                return np.full(ids.shape, -1), np.full(ids.shape, -1)
             keys = np.searchsorted(known, ids)
             keys = np.where(keys < len(known), keys, 0)
-            keys = np.where(known[keys] == ids, keys, -1) if len(known) else np.full(ids.shape, -1)
+            keys = np.where(known[keys] == ids, keys, -1)
         rows = keys if ranks is None else np.where(keys >= 0, ranks.row_of_key[np.maximum(keys, 0)], -1)
         if self.alive is not None and self.num_rows:
             dead = (rows >= 0) & ~self.alive[np.maximum(rows, 0)]
