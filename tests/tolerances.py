@@ -26,14 +26,20 @@ def largest_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     return float(difference.max()) if difference.numel() else 0.0
 
 
-def assert_as_good_as_torch(actual: torch.Tensor, truth: torch.Tensor, by_torch: torch.Tensor) -> None:
-    """Asserts |actual - truth| <= 2 |by_torch - truth| + floor; truth is float64."""
+def assert_as_good_as_torch(
+    actual: torch.Tensor, truth: torch.Tensor, by_torch: torch.Tensor, *, scale: float = 0.0, what: str = ""
+) -> None:
+    """Asserts |actual - truth| <= 2 |by_torch - truth| + floor * max(|truth|, scale); truth is float64.
+
+    `scale` is the size of the terms of a result that may cancel (p - r, say, of probabilities).
+    """
     assert truth.dtype == torch.float64
     assert actual.shape == truth.shape
     finite = truth[truth.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
     allowed = 2 * largest_error(by_torch, truth) + FLOOR[actual.dtype] * scale
-    assert largest_error(actual, truth) <= allowed, (largest_error(actual, truth), allowed)
+    error = largest_error(actual, truth)
+    assert error <= allowed, f"{what} error {error:.3e}, allowed {allowed:.3e}"
 
 
 def dot_error_bound(queries: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:

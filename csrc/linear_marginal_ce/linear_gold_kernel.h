@@ -339,9 +339,10 @@ REALM_FAST_INLINE void accumulate(const LinearGoldPlan& plan, const Tile<C, NV>&
       m = raised;
       V::store(max + j * V::lanes, m);
     }
+    vec added = V::exp(tile.v[0][j] - m);  // summed apart: one rounding a tile at the size of the whole sum
     REALM_FAST_UNROLL
-    for (int r = 0; r < C::rows; ++r) s += V::exp(tile.v[r][j] - m);
-    V::store(sum + j * V::lanes, s);
+    for (int r = 1; r < C::rows; ++r) added += V::exp(tile.v[r][j] - m);
+    V::store(sum + j * V::lanes, s + added);
   }
   const uint8_t* has_label = part<uint8_t>(plan, plan.at.has_label);
   if (has_label[v / kVocabGroup] == 0) return;
@@ -618,14 +619,15 @@ void d_hidden_tiles(const LinearGoldPlan& plan, int64_t chunk, int64_t panel, in
   const auto* left = part<typename C::unit>(plan, C::pair == 1 ? plan.at.dlogits : plan.at.dlogits_pairs) +
                      first * (a.chunk_vocab / C::pair);
   auto* out = part<typename C::acc>(plan, plan.at.d_hidden) + first * plan.at.padded_width + column;
-  // A fresh sum every kBlock steps: one running sum over the vocabulary would lose the many small terms, which
-  // are of one softmax, beside the few large ones.
+  // A fresh sum every kBlock steps: one running sum over the vocabulary would lose the many small terms,
+  // which are of one softmax, beside the few large ones.
   constexpr int64_t kBlock = 192;
   for (int64_t k = 0; k < in_chunk; k += kBlock) {
     for (int64_t r0 = 0; r0 < width; r0 += C::rows) {
       Tile<C, NV> tile;
       clear(tile);
-      multiply<C, NV>(tile, left + k * width + r0, 1, width, right + k * NV * V::lanes, smaller(kBlock, in_chunk - k));
+      multiply<C, NV>(tile, left + k * width + r0, 1, width, right + k * NV * V::lanes,
+                      smaller(kBlock, in_chunk - k));
       REALM_FAST_UNROLL
       for (int r = 0; r < C::rows; ++r) {
         REALM_FAST_UNROLL

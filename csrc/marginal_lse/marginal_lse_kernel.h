@@ -108,11 +108,23 @@ void forward_token(const MarginalLse& a, int64_t b) {
   }
 }
 
+// candidate + the sum of gold over the positions that count, in double: sums over a span are large, and their
+// differences decide the responsibilities. -inf for an absent slot.
+template <class V>
+double sequence_log_joint(const MarginalLse& a, int64_t b, int64_t k) {
+  double x = read(a.candidate, a.dtype, b * a.candidates + k);
+  if (x == -__builtin_inf()) return x;
+  const int64_t row = (b * a.candidates + k) * a.positions;
+  for (int64_t m = 0; m < a.positions; ++m) {
+    if (a.mask == nullptr || a.mask[b * a.positions + m] != 0) x += read(a.gold, a.dtype, row + m);
+  }
+  return x;
+}
+
 template <class V>
 void forward_sequence(const MarginalLse& a, int64_t b) {
   using T = typename V::scalar;
   using vec = typename V::vec;
-  const T infinity = static_cast<T>(__builtin_inf());
   T* r = static_cast<T*>(a.responsibility) + b * a.candidates;
   T* marginal = static_cast<T*>(a.marginal) + b;
   bool any_active = false;
@@ -123,44 +135,38 @@ void forward_sequence(const MarginalLse& a, int64_t b) {
     for (int64_t k = 0; k < a.candidates; ++k) r[k] = 0;
     return;
   }
-  T max = kLowest<V>;
+  double max = -1e308;  // not -inf, so that -inf - max is never NaN
   bool has_nan = false;
   for (int64_t k = 0; k < a.candidates; ++k) {
-    const T prior = static_cast<T>(read(a.candidate, a.dtype, b * a.candidates + k));
-    T x = -infinity;
-    if (prior != -infinity) {
-      vec sum = vec{};
-      for (int64_t m0 = 0; m0 < a.positions; m0 += V::lanes) {
-        const int64_t count = a.positions - m0;
-        vec gold = load_some<V>(a.gold, a.dtype, (b * a.candidates + k) * a.positions + m0, count, 0);
-        if (a.mask != nullptr) {
-          for (int i = 0; i < V::lanes && i < count; ++i) {
-            if (a.mask[b * a.positions + m0 + i] == 0) gold[i] = 0;
-          }
-        }
-        sum += gold;
-      }
-      x = prior;
-      for (int i = 0; i < V::lanes; ++i) x += sum[i];
-      if (x != x) has_nan = true;
-      if (x > max) max = x;
-    }
-    r[k] = x;
+    const double x = sequence_log_joint<V>(a, b, k);
+    if (x != x) has_nan = true;
+    if (x > max) max = x;
   }
-  T sum = 0;
+  double sum = 0;
   for (int64_t k0 = 0; k0 < a.candidates; k0 += V::lanes) {
-    const int acc = sizeof(T) == 4 ? kFloat32 : kFloat64;
-    const vec e = V::exp(load_some<V>(r, acc, k0, a.candidates - k0, -infinity) - max);
-    for (int i = 0; i < V::lanes; ++i) sum += e[i];
-    store_some<V>(r, acc, k0, a.candidates - k0, e);
+    T x[V::lanes];
+    const int64_t count = a.candidates - k0;
+    for (int i = 0; i < V::lanes; ++i) {
+      x[i] = static_cast<T>(i < count ? sequence_log_joint<V>(a, b, k0 + i) - max : -__builtin_inf());
+    }
+    const vec e = V::exp(V::load(x));
+    for (int i = 0; i < V::lanes && i < count; ++i) {
+      sum += e[i];
+      r[k0 + i] = e[i];
+    }
   }
-  vec total, scale;
-  finish<V>(V::set(max), V::set(sum), total, scale);
-  const T nan = static_cast<T>(__builtin_nan(""));
-  *marginal = has_nan ? nan : total[0];
+  double total = max + ::log(sum), scale = 1 / sum;
+  if (sum == 0) {  // every term is -inf
+    total = -__builtin_inf();
+    scale = 0;
+  } else if (has_nan || max == __builtin_inf()) {  // after a +inf alone the limit is +inf, its gradient none
+    total = has_nan ? __builtin_nan("") : max;
+    scale = __builtin_nan("");
+  }
+  *marginal = static_cast<T>(total);
   for (int64_t k = 0; k < a.candidates; ++k) {
-    const bool absent = static_cast<T>(read(a.candidate, a.dtype, b * a.candidates + k)) == -infinity;
-    r[k] = absent ? 0 : r[k] * (has_nan ? nan : scale[0]);
+    const bool absent = read(a.candidate, a.dtype, b * a.candidates + k) == -__builtin_inf();
+    r[k] = absent ? 0 : static_cast<T>(r[k] * scale);
   }
 }
 

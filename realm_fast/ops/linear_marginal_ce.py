@@ -321,11 +321,12 @@ def _(grad, hidden, weight, bias, labels, row_max, row_logsum, compute, chunk_by
 
 def _setup_context(ctx, inputs, output):
     hidden, weight, bias, labels, ctx.compute, ctx.chunk_bytes, ctx.impl = inputs
+    ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(hidden, weight, bias, labels, output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_gold, grad_max, grad_logsum):
+def _backward(ctx, grad_gold, *_):
     if grad_gold is None:
         return (None,) * 7
     needs = list(ctx.needs_input_grad[:3])

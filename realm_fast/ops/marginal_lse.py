@@ -126,7 +126,7 @@ def marginal_log_likelihood(
         with torch.no_grad():
             return marginal, responsibility_reference(gold_log_prob, candidate_log_prob, mask, level=level)
     marginal, responsibility = marginal_lse_op(gold_log_prob, candidate_log_prob, mask, level)
-    return (marginal, responsibility.detach()) if return_responsibility else marginal
+    return (marginal, responsibility) if return_responsibility else marginal
 
 
 def responsibility_reference(
@@ -201,24 +201,30 @@ def _(gold_log_prob, candidate_log_prob, mask, level):
 
 @torch.library.custom_op("realm_fast::marginal_lse_backward", mutates_args=())
 def marginal_lse_backward_op(
-    grad_marginal: Tensor, responsibility: Tensor, mask: Tensor | None, positions: int, dtype: torch.dtype
+    grad_marginal: Tensor,
+    responsibility: Tensor,
+    gold_log_prob: Tensor,
+    candidate_log_prob: Tensor,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """d loss / d gold [B, K, M] and d loss / d candidate [B, K], from the responsibilities."""
+    """d loss / d gold [B, K, M] and d loss / d candidate [B, K], from the responsibilities.
+
+    The values of gold and candidate are not used: they are here so that a second derivative, which depends on
+    them, meets the error below and is not taken for zero.
+    """
     grad, responsibility = grad_marginal.contiguous(), responsibility.contiguous()
     mask = None if mask is None else mask.contiguous()
-    batch, candidates, _ = responsibility.shape
-    d_gold = grad.new_empty(batch, candidates, positions, dtype=dtype)
-    d_candidate = grad.new_empty(batch, candidates, dtype=dtype)
-    sequence = grad.dim() == 1
+    d_gold = torch.empty_like(gold_log_prob, memory_format=torch.contiguous_format)
+    d_candidate = torch.empty_like(candidate_log_prob, memory_format=torch.contiguous_format)
     arguments = (
         grad.data_ptr(),
         responsibility.data_ptr(),
         0 if mask is None else mask.data_ptr(),
         d_gold.data_ptr(),
         d_candidate.data_ptr(),
-        (batch, candidates, positions),
-        sequence,
-        DTYPE_CODES[dtype],
+        tuple(gold_log_prob.shape),
+        grad.dim() == 1,
+        DTYPE_CODES[gold_log_prob.dtype],
     )
     if grad.is_cuda:
         with torch.cuda.device(grad.device):
@@ -229,31 +235,24 @@ def marginal_lse_backward_op(
 
 
 @marginal_lse_backward_op.register_fake
-def _(grad_marginal, responsibility, mask, positions, dtype):
-    batch, candidates, _ = responsibility.shape
+def _(grad_marginal, responsibility, gold_log_prob, candidate_log_prob, mask):
     return (
-        grad_marginal.new_empty(batch, candidates, positions, dtype=dtype),
-        grad_marginal.new_empty(batch, candidates, dtype=dtype),
+        torch.empty_like(gold_log_prob, memory_format=torch.contiguous_format),
+        torch.empty_like(candidate_log_prob, memory_format=torch.contiguous_format),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    gold_log_prob, _, mask, _ = inputs
-    ctx.save_for_backward(output[1], mask)
-    ctx.positions, ctx.dtype = gold_log_prob.shape[-1], gold_log_prob.dtype
+    gold_log_prob, candidate_log_prob, mask, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], gold_log_prob, candidate_log_prob, mask)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_marginal, grad_responsibility):
-    if grad_responsibility is not None:
-        raise RuntimeError("marginal_log_likelihood: the responsibilities are not differentiable.")
+def _backward(ctx, grad_marginal, _):
     if grad_marginal is None:
         return None, None, None, None
-    responsibility, mask = ctx.saved_tensors
-    d_gold, d_candidate = marginal_lse_backward_op(
-        grad_marginal, responsibility, mask, ctx.positions, ctx.dtype
-    )
-    return d_gold, d_candidate, None, None
+    return *marginal_lse_backward_op(grad_marginal, *ctx.saved_tensors), None, None
 
 
 def no_double_backward(op, name: str) -> None:
