@@ -18,7 +18,7 @@ FLOAT32_UNIT = 2.0**-24  # half the distance from 1 to the next float32
 
 def largest_error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     """max |actual - truth|; equal infinities agree, and a NaN agrees with a NaN only."""
-    actual, truth = actual.double(), truth.double()
+    actual, truth = actual.detach().double(), truth.detach().double()
     if bool((actual.isnan() != truth.isnan()).any()):
         return float("inf")
     same = (actual == truth) | truth.isnan()
@@ -35,6 +35,7 @@ def assert_as_good_as_torch(
     """
     assert truth.dtype == torch.float64
     assert actual.shape == truth.shape
+    truth = truth.detach()
     finite = truth[truth.isfinite()]
     scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
     allowed = 2 * largest_error(by_torch, truth) + FLOOR[actual.dtype] * scale

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import assert_as_good_as_torch
 
 import realm_fast as rf
 from realm_fast import _native
@@ -14,7 +15,6 @@ from realm_fast.ops.marginal_lse import (
     marginal_lse_op,
     responsibility_reference,
 )
-from tolerances import assert_as_good_as_torch
 
 INF, NAN = float("inf"), float("nan")
 CPU_LEVELS = _native.available_cpu_levels()
