@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from realm_fast.config import IndexConfig
+from realm_fast.config import Config, IndexConfig
 from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStats, Precision, embed_blocks
 from realm_fast.errors import CorruptArtifactError, DataError, ProvenanceError
@@ -122,6 +122,36 @@ def write_snapshot(
         )
         write_json(staging / MANIFEST_FILE, asdict(manifest))
     return path
+
+
+def build_index_folder(
+    out: Path, embedder: Embedder, store: TokenStore, config: Config, *, progress: bool = False
+) -> SnapshotManifest:
+    """Embeds every block into `out`, a folder that holds the index, its manifest and the embedder that made it.
+
+    Raises:
+        DataError: `out` exists and holds something else, or the index of other weights.
+    """
+    provenance = Provenance(encoder_hash=embedder.hash(), corpus_hash=store.corpus_hash, step=0)
+    if out.exists():
+        if not _is_made_from(out, provenance):
+            raise DataError(f"{out}: exists already, and is not the index of these weights and this corpus.")
+        return read_manifest(out)
+    with atomic_dir(out) as staging:
+        built = write_snapshot(
+            staging,
+            0,
+            embedder,
+            store,
+            config.index,
+            token_budget=config.refresh.token_budget,
+            progress=progress,
+        )
+        for file in built.iterdir():
+            file.rename(staging / file.name)
+        built.rmdir()
+        embedder.save(staging / "embedder")
+    return read_manifest(out)
 
 
 def _is_made_from(path: Path, provenance: Provenance) -> bool:
