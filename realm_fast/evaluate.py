@@ -54,7 +54,7 @@ from realm_fast.snapshot import open_snapshot
 from realm_fast.token_store import TokenStore
 from realm_fast.types import NO_BLOCK
 
-BATCH_QUESTIONS = 32
+BATCH_BLOCKS = 160  # read at once
 REACHABLE_VERSION = 1  # of the rule; a change of it makes every kept subset due again
 NOTES = [
     "An answer counts as retrieved or reachable if its string stands in a block at word boundaries; "
@@ -306,7 +306,7 @@ def predict(
         torch.inference_mode(),
         bar(total=len(questions), desc=f"answer {what}", unit="question", enabled=progress) as shown,
     ):
-        for rows in batches(len(questions), BATCH_QUESTIONS):
+        for rows in batches(len(questions), max(1, BATCH_BLOCKS // reader_beam)):
             beam = retrieve(
                 model.index, emb[rows.start : rows.stop], max(depth, reader_beam),
                 temperature=model.settings.score_temperature,

@@ -16,6 +16,7 @@ of (seed, s), and the rest is in the checkpoint.
 
 import copy
 import dataclasses
+import functools
 import logging
 import time
 from collections import Counter
@@ -29,8 +30,8 @@ import torch
 
 from realm_fast import optim
 from realm_fast.checkpoint import (
+    Checkpoint,
     checkpoint_name,
-    checkpoint_steps,
     clean_checkpoints,
     identity_of,
     newest_checkpoint,
@@ -60,7 +61,7 @@ from realm_fast.reading import (
     read_blocks,
     retrieve,
 )
-from realm_fast.run_folder import RunFolder, now_iso
+from realm_fast.run_folder import RunFolder
 from realm_fast.signals import stop_on_signal
 from realm_fast.snapshot import open_snapshot
 from realm_fast.token_store import TokenStore
@@ -125,28 +126,32 @@ def finetune(
         folder = run.finetune_dir / "checkpoints"
         clean_checkpoints(folder)
         clean_checkpoints(run.finetune_dir / "snapshots")
-        if not resume and (steps := checkpoint_steps(folder)):
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is not None and not resume:
             raise UserError(
-                f"{folder}: holds checkpoints up to step {steps[-1]}. Give --resume to go on from there, "
+                f"{folder}: holds a checkpoint of step {checkpoint.step}. Give --resume to go on from there, "
                 f"or delete {run.finetune_dir} to fine-tune anew."
             )
+        if checkpoint is None and resume:
+            log.info("%s: no checkpoint yet, so fine-tuning starts from the beginning", run.finetune_dir)
         if questions is None:
             questions = load_questions(config.finetune.questions, limit=config.finetune.limit_questions)
-        started, begin = now_iso(), time.monotonic()
-        trainer = Trainer.open(run, config, list(questions), resume=resume, progress=progress)
-        if trainer.step >= config.finetune.steps:
-            log.info("%s: all %d steps are done; nothing is left to do", run.finetune_dir, trainer.step)
+        job = functools.partial(Trainer.open, run, config, list(questions), checkpoint, progress=progress)
+        if checkpoint is not None and checkpoint.step >= config.finetune.steps:
+            trainer = job()  # for its checks; nothing is left to do, so there is no stage to record
+            log.info("%s: all %d steps are done", run.finetune_dir, trainer.step)
             return trainer.result(None)
-        first = trainer.step
-        result = trainer.train(progress=progress)
-        details = {
-            "started_from": trainer.started_from,
-            "steps": trainer.step - first,
-            "questions": trainer.selection.counts,
-            "notes": getattr(questions, "notes", []),
-        }
-        run.record_stage("finetune", started=started, seconds=time.monotonic() - begin, details=details)
-        return result
+        with run.stage("finetune") as details:
+            trainer = job()
+            first = trainer.step
+            result = trainer.train(progress=progress)
+            details |= {
+                "started_from": trainer.started_from,
+                "steps": trainer.step - first,
+                "questions": trainer.selection.counts,
+                "notes": getattr(questions, "notes", []),
+            }
+            return result
 
 
 class Trainer:
@@ -188,13 +193,16 @@ class Trainer:
 
     @classmethod
     def open(
-        cls, run: RunFolder, config: Config, questions: list[Question], *, resume: bool, progress: bool
+        cls,
+        run: RunFolder,
+        config: Config,
+        questions: list[Question],
+        checkpoint: Checkpoint | None,
+        *,
+        progress: bool = False,
     ) -> "Trainer":
-        """Starts anew, or takes up the newest checkpoint if `resume` and there is one."""
+        """Takes up `checkpoint`, or starts anew if it is None."""
         store = run.store()
-        checkpoint = newest_checkpoint(run.finetune_dir / "checkpoints") if resume else None
-        if resume and checkpoint is None:
-            log.info("%s: no checkpoint yet, so fine-tuning starts from the beginning", run.finetune_dir)
         identity = identity_of(
             config,
             ["finetune"],

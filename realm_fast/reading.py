@@ -34,6 +34,7 @@ from realm_fast.types import NO_BLOCK
 
 _MEMO_ENTRIES = 1_000_000  # (question, block) pairs whose matches are remembered; about 150 MB
 _MEMO_MATCHERS = 10_000
+_READ_TOKENS = 32_768  # that go through the span reader at once, so that wide beams do not cost memory
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def read_blocks(
     longest = max((len(row.ids) for row in rows), default=1)
     parts: list[torch.Tensor] = []
     order: list[int] = []
-    for group in bucket_by_length(np.array([len(row.ids) for row in rows], dtype=np.int64)):
+    lengths = np.array([len(row.ids) for row in rows], dtype=np.int64)
+    for group in _chunks(bucket_by_length(lengths), lengths):
         batch = span_reader.pad([rows[i] for i in group])
         logits = span_reader.span_logits(batch)  # [r, T, W]
         whole = np.zeros(tuple(logits.shape), dtype=bool)
@@ -301,6 +303,13 @@ def batches(count: int, size: int) -> Iterator[range]:
     """0 ... count - 1 in ranges of at most `size`."""
     for first in range(0, count, size):
         yield range(first, min(first + size, count))
+
+
+def _chunks(groups: Sequence[np.ndarray], lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """`groups` of rows, cut so that none has more than _READ_TOKENS tokens, padding included."""
+    for group in groups:
+        rows = max(1, _READ_TOKENS // max(1, int(lengths[group].max(initial=1))))
+        yield from (group[i : i + rows] for i in range(0, len(group), rows))
 
 
 def _whole_words(body: np.ndarray, widths: int, tokenizer: Tokenizer) -> np.ndarray:

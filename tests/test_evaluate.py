@@ -10,6 +10,7 @@ from qa_world import one_thread  # noqa: F401 (a fixture)
 from safetensors.torch import load_file, save_file
 
 from realm_fast import evaluate as ev
+from realm_fast import reading
 from realm_fast.checkpoint import newest_checkpoint, save_checkpoint
 from realm_fast.embedder import Embedder
 from realm_fast.encoder import load_trunk
@@ -142,7 +143,8 @@ def test_predictions_do_not_depend_on_the_batch(tuned, monkeypatch):
     model = load_qa_model(run, config)
     asked = qa_world.questions(COUNT)[:9]
     whole = ev.predict(model, asked, reader_beam=3, depth=5)
-    monkeypatch.setattr(ev, "BATCH_QUESTIONS", 2)
+    monkeypatch.setattr(ev, "BATCH_BLOCKS", 6)  # two questions
+    monkeypatch.setattr(reading, "_READ_TOKENS", 60)  # two blocks
     for a, b in zip(whole, ev.predict(model, asked, reader_beam=3, depth=5), strict=True):
         assert (a.text, a.block_id, a.span, a.answer_rank) == (b.text, b.block_id, b.span, b.answer_rank)
         assert a.score == pytest.approx(b.score, abs=1e-4)

@@ -123,7 +123,7 @@ def test_the_loss_against_plain_python(folder, store):
     run, config = qa_world.make_run(folder, "formula", store, "finetune.retriever_beam=12")
     asked = qa_world.questions(24)
     asked[2] = dataclasses.replace(asked[2], answers=["people"])  # answered nowhere
-    trainer = ft.Trainer.open(run, config, asked, resume=False, progress=False)
+    trainer = ft.Trainer.open(run, config, asked, None)
     trainer.embedder.eval()
     trainer.span_reader.eval()
     torch.nn.init.normal_(trainer.span_reader.score.weight)
@@ -310,7 +310,7 @@ def test_kills_and_stops_at_any_moment_change_nothing(tmp_path):
 def test_resume_needs_the_same_settings_questions_and_choice(folder, store):
     run, config = qa_world.make_run(folder, "strict", store, "finetune.steps=4")
     ft.finetune(run, config)
-    with pytest.raises(UserError, match=r"holds checkpoints up to step 4\. Give --resume"):
+    with pytest.raises(UserError, match=r"holds a checkpoint of step 4\. Give --resume"):
         ft.finetune(run, config)
     other = qa_world.settings(folder, "finetune.steps=9", "finetune.reader_lr=1e-5")
     with pytest.raises(ConfigError) as caught:
