@@ -10,9 +10,9 @@ Letters: B queries, K candidates, M target tokens. g = gold_log_prob [B, K, M] =
 | `rag_loss` token | -sum_m log sum_z p_z exp(g_zm) | b | both | RAG-Token, Lewis et al. 2020 |
 | `rag_loss` sequence | -log sum_z p_z exp(sum_m g_zm) | b | both | RAG-Sequence, the same |
 | `emdr2_retriever_loss` | -sum_m log sum_z p_z exp(sg(g_zm)) | b | retriever | EMDR2, Singh et al. 2021 |
-| `perplexity_distillation_loss` | KL(sg(softmax_z(mean_m g_zm / T)), p) | b | retriever | Atlas 2022 |
+| `perplexity_distillation_loss` | KL(sg(softmax_z(mean_m g_zm / T)), p) | b | retriever | Atlas |
 | `loop_loss` | KL(sg(softmax_z(-mean_m g_without_zm / T)), p) | b | retriever | LOOP, Atlas |
-| `in_batch_contrastive_loss` | -log softmax_j(q_b . d_j)[positive] | b | embedder | DPR, Karpukhin et al. 2020 |
+| `in_batch_contrastive_loss` | -log softmax_j(q_b . d_j)[positive] | b | embedder | DPR |
 | `orqa_mml_loss` | logsumexp(s) - logsumexp(s of the correct) | b | both | ORQA, Lee et al. 2019 |
 | `retrieval_utility` | a measure: log p(y, all) - log p(y, null block) | m or b | nothing | REALM |
 
@@ -226,7 +226,8 @@ def _mean_over_positions(gold_log_prob: Tensor, scores: Tensor, mask: Tensor | N
     """[B, K] mean of the counted positions, without gradient, and [B] which queries have one."""
     gold, scores, mask = _checked(gold_log_prob.detach(), scores, mask)
     ignored = ~mask[:, None] | torch.isneginf(scores)[..., None]
-    total = gold.masked_fill(ignored, 0).sum(-1)
+    # In float64: the temperature is small, and what it divides is rounded before.
+    total = gold.double().masked_fill(ignored, 0).sum(-1)
     return total / mask.sum(-1, keepdim=True).clamp(min=1), mask.any(-1)
 
 
@@ -235,7 +236,8 @@ def _distill(preference: Tensor, scores: Tensor, answered: Tensor, temperature: 
     _check_temperature(temperature, name)
     absent = torch.isneginf(scores)  # [B, K]
     log_target = torch.log_softmax((preference / temperature).masked_fill(absent, -torch.inf), -1)
-    log_prior = torch.log_softmax(scores.to(preference.dtype), -1)
+    log_prior = torch.log_softmax(scores.to(accumulation_dtype(scores)), -1)
+    log_target = log_target.to(log_prior.dtype)
     # 0 log 0 = 0, in absent slots and where the target underflows; masked before the product, or the
     # gradient would be 0 * inf.
     possible = ~absent & ~torch.isneginf(log_target)
