@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from realm_fast.config import Config
-from realm_fast.errors import DataError, ProvenanceError, UserError
+from realm_fast.errors import DataError, Interrupted, ProvenanceError, UserError
 from realm_fast.files import disk_errors, read_json, remove_staging, write_json
 from realm_fast.token_store import TokenStore
 
@@ -171,10 +171,18 @@ def corpus_stages_path(store_path: Path) -> Path:
 
 @contextlib.contextmanager
 def record_stage(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Adds a line about what was done inside to `path`, if it ended well. Yields details to fill in."""
+    """Adds a line about what was done inside to `path`, if it ended well or was asked to stop.
+
+    Yields details to fill in.
+    """
     details: dict[str, Any] = {}
     started, begin = now_iso(), time.monotonic()
-    yield details
+    interrupted: Interrupted | None = None
+    try:
+        yield details
+    except Interrupted as error:
+        interrupted = error
+        details["interrupted"] = str(error)
     record = {
         "stage": name,
         "seconds": round(time.monotonic() - begin, 3),
@@ -185,6 +193,8 @@ def record_stage(path: Path, name: str) -> Iterator[dict[str, Any]]:
     }
     with disk_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    if interrupted is not None:
+        raise interrupted
 
 
 def now_iso() -> str:

@@ -127,7 +127,7 @@ def write_snapshot(
 def build_index_folder(
     out: Path, embedder: Embedder, store: TokenStore, config: Config, *, progress: bool = False
 ) -> SnapshotManifest:
-    """Embeds every block into `out`, a folder that holds the index, its manifest and the embedder that made it.
+    """Embeds every block into `out`: a folder with the index, its manifest and the embedder that made it.
 
     Raises:
         DataError: `out` exists and holds something else, or the index of other weights.
