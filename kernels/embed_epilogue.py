@@ -107,6 +107,7 @@ def embed_epilogue_kernel(
     out,  # rows, or panels of PANEL rows
     scale,  # [N] float32, int8 only
     residual_norm,  # [N] float32
+    stored_norm,  # [N] float32
     num_rows,  # R
     num_tokens,  # S or T
     num_out_rows,  # N
@@ -130,10 +131,13 @@ def embed_epilogue_kernel(
     HAS_LN_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    SHIFT: tl.constexpr,  # added to int8 values: 0, or 128 for uint8
     RESIDUAL: tl.constexpr,
+    NORM: tl.constexpr,
     DOT: tl.constexpr,  # "exact": 16-bit as it is; "split": in high and low halves; else an input_precision
     PANEL: tl.constexpr,
     GROUP: tl.constexpr,
+    STORED: tl.constexpr,  # elements of a stored row: D, in panels rounded up to whole groups
 ):
     first = tl.program_id(0) * ROWS
     slot = tl.arange(0, TILE)
@@ -226,29 +230,33 @@ def embed_epilogue_kernel(
     else:
         inner = (d // GROUP) * (PANEL * GROUP) + d % GROUP
         where = (place // PANEL * out_stride + place % PANEL * GROUP)[:, None] + inner[None, :]
-    keep = alive[:, None] & in_d[None, :]
+    keep = alive[:, None] & (d < STORED)[None, :]
+    step = tl.full((TILE,), 1.0, tl.float32)
     if QUANTIZE:
-        amax = tl.max(tl.abs(x), axis=1)  # [TILE]
-        step = tl.div_rn(amax, tl.full((TILE,), 127.0, tl.float32))
-        # Below 1e-30, 127 / amax would overflow: such a row is stored as zeros, and its residual says so.
-        inverse = tl.where(amax > 1e-30, tl.div_rn(tl.full((TILE,), 127.0, tl.float32), amax), 0.0)
-        q = (x * inverse[:, None] + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to an integer, ties to even
-        q = tl.minimum(tl.maximum(q, -127.0), 127.0)
-        tl.store(out + where, q.to(tl.int8), mask=keep)
+        # 2^-100 keeps the reciprocal finite; the residual says what is lost.
+        step = tl.maximum(tl.div_rn(tl.max(tl.abs(x), axis=1), 127.0 * step), 7.888609052210118e-31)
+        inverse = tl.div_rn(tl.full((TILE,), 1.0, tl.float32), step)
+        # 1.5 * 2^23: adding it rounds to an integer, ties to even
+        kept = (x * inverse[:, None] + 12582912.0) - 12582912.0
+        kept = tl.minimum(tl.maximum(kept, -127.0), 127.0)
+        tl.store(out + where, (kept.to(tl.int32) + SHIFT).to(out.dtype.element_ty), mask=keep)
         tl.store(scale + place, step, mask=alive)
-        stored = q * step[:, None]
+        error = x - kept * step[:, None]
     else:
         y = x.to(out.dtype.element_ty)
+        if out.dtype.element_ty == tl.bfloat16:
+            y = tl.where(tl.abs(y.to(tl.float32)) < 1.1754943508222875e-38, 0.0, y)  # no subnormals
         tl.store(out + where, y, mask=keep)
-        stored = y.to(tl.float32)
+        kept = y.to(tl.float32)
+        error = x - kept
+    # Rounded up past every error made here: the sums (D terms), q * step (2^-24 of x), and underflow.
     if RESIDUAL:
-        error = x - stored
-        squares = tl.sum(error * error, axis=1)
-        # Rounded up past every error made here: the sums (D terms), q * step (2^-24 of x), and underflow.
-        bound = (
-            tl.sqrt_rn(squares) * (1.0 + (D + 8) * 6e-8) + tl.sqrt_rn(tl.sum(x * x, axis=1)) * 1.2e-7 + 1e-17
-        )
-        tl.store(residual_norm + place, bound, mask=alive)
+        norm = tl.sqrt_rn(tl.sum(x * x, axis=1))
+        lost = tl.sqrt_rn(tl.sum(error * error, axis=1))
+        tl.store(residual_norm + place, lost * (1.0 + (D + 8) * 6e-8) + norm * 1.2e-7 + 1e-17, mask=alive)
+    if NORM:
+        norm = step * tl.sqrt_rn(tl.sum(kept * kept, axis=1))
+        tl.store(stored_norm + place, norm * (1.0 + (D + 8) * 6e-8) + 1e-17, mask=alive)
 
 
 @functools.cache
@@ -299,16 +307,19 @@ def constants(
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     backend: str,
+    group: int = 1,
 ) -> dict[str, Any]:
     """The compile-time sizes and the arithmetic of the projection, for `config` and these operands.
 
     `backend`: "cuda", "hip" or "interpreter".
     """
-    block_d = max(DOT_ROWS, triton.next_power_of_2(dim))
+    stored = -(-dim // group) * group
+    block_d = max(DOT_ROWS, triton.next_power_of_2(stored))
     if not project:
         # At most 8192 elements in flight: 32 registers a thread at 8 warps.
         block_t = max(1, min(config.block_t, 8192 // block_d))
-        return {"H": hidden_dim, "D": dim, "BLOCK_T": block_t, "BLOCK_H": block_d, "BLOCK_D": block_d,
+        return {"H": hidden_dim, "D": dim, "STORED": stored, "BLOCK_T": block_t,
+            "BLOCK_H": block_d, "BLOCK_D": block_d,
                 "TILE": config.rows, "ROWS": config.rows, "DOT": "none"}  # fmt: skip
     block_h = min(config.block_h, max(16, triton.next_power_of_2(hidden_dim)))
     # Triton 3.7's interpreter multiplies the bit patterns of bfloat16: there it is widened first.
@@ -319,7 +330,8 @@ def constants(
     else:
         dot = "tf32x3" if backend == "cuda" else "ieee"  # AMD's matrix units take float32 as it is
         block_h = max(16, block_h // 2)  # operands are twice as wide
-    return {"H": hidden_dim, "D": dim, "BLOCK_T": config.block_t, "BLOCK_H": block_h, "BLOCK_D": block_d,
+    return {"H": hidden_dim, "D": dim, "STORED": stored, "BLOCK_T": config.block_t,
+            "BLOCK_H": block_h, "BLOCK_D": block_d,
             "TILE": DOT_ROWS, "ROWS": config.rows, "DOT": dot}  # fmt: skip
 
 
@@ -334,6 +346,7 @@ def launch(
     out: torch.Tensor,
     scale: torch.Tensor | None,
     residual_norm: torch.Tensor | None,
+    norm: torch.Tensor | None,
     *,
     ragged: bool,
     mean: bool,
@@ -352,8 +365,10 @@ def launch(
         hidden_dim = hidden.shape[-1]
         pooled = torch.empty(rows, hidden_dim, dtype=torch.float32, device=hidden.device)
         each = torch.arange(rows, device=hidden.device)
-        launch(hidden, offsets, each, None, None, None, None, pooled, None, None, ragged=ragged, mean=mean,
-               ln_eps=None, normalize=False, dim=hidden_dim, num_out_rows=rows, config=config)  # fmt: skip
+        launch(
+            hidden, offsets, each, None, None, None, None, pooled, None, None, None, ragged=ragged, mean=mean,
+            ln_eps=None, normalize=False, dim=hidden_dim, num_out_rows=rows, config=config,
+        )  # fmt: skip
         hidden = torch.nn.functional.linear(pooled, weight.float())[:, None]  # [R, 1, D]
         offsets, ragged, mean, weight, config = torch.ones_like(each), False, False, None, None
     project = weight is not None
@@ -364,9 +379,8 @@ def launch(
     sizes = constants(
         config, hidden_dim=hidden.shape[-1], dim=dim, project=project, mean=mean, hidden_dtype=hidden.dtype,
         weight_dtype=None if weight is None else weight.dtype,
-        backend=backend,
+        backend=backend, group=out.shape[3] if out.dim() == 4 else 1,
     )  # fmt: skip
-    panels = out.dim() == 4
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages} if on_gpu else {}
     kernel = compiled_kernel() if on_gpu else interpreted_kernel()
     parameters = [None if p is None else p.contiguous() for p in (weight, bias, ln_weight, ln_bias)]
@@ -379,6 +393,7 @@ def launch(
             out,
             out if scale is None else scale,
             out if residual_norm is None else residual_norm,
+            out if norm is None else norm,
             rows,
             hidden.shape[-2],
             num_out_rows,
@@ -395,9 +410,11 @@ def launch(
             HAS_LN_WEIGHT=ln_weight is not None,
             HAS_LN_BIAS=ln_bias is not None,
             NORMALIZE=normalize,
-            QUANTIZE=out.dtype == torch.int8,
+            QUANTIZE=out.dtype in (torch.int8, torch.uint8),
+            SHIFT=128 if out.dtype == torch.uint8 else 0,
             RESIDUAL=residual_norm is not None,
-            PANEL=out.shape[2] if panels else 1,
-            GROUP=out.shape[3] if panels else 1,
+            NORM=norm is not None,
+            PANEL=out.shape[2] if out.dim() == 4 else 1,
+            GROUP=out.shape[3] if out.dim() == 4 else 1,
             **options,
         )

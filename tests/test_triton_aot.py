@@ -27,7 +27,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8"}
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8",
+              torch.uint8: "u8"}  # fmt: skip
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -47,7 +48,7 @@ class Case:
 
 # One case for each choice of the table, compiled for every target.
 CASES = {
-    "realm: cls, 768 to 128, int8 panels": Case(768, 128, mean=False, out=torch.int8, panel=48, group=4),
+    "realm: cls, 768 to 128, int8 panels": Case(768, 128, mean=False, out=torch.uint8, panel=48, group=4),
     "mean, 768 to 256, bfloat16 panels": Case(768, 256, mean=True, out=torch.bfloat16, panel=48, group=2),
     "contriever: mean, 768, bfloat16 rows": Case(768, 768, mean=True, project=False, out=torch.bfloat16),
     "dpr: cls, 768": Case(768, 768, mean=False, project=False, hidden=torch.float32),
@@ -74,16 +75,18 @@ def compile_case(case: Case, target: GPUTarget, config: kernels.Config | None = 
     weight, hidden = f"*{TYPE_NAMES[case.weight]}", f"*{TYPE_NAMES[case.hidden]}"
     pointers = {"hidden": hidden, "offsets": "*i32", "row_ids": "*i64", "weight": weight, "bias": weight,
                 "ln_weight": weight, "ln_bias": weight, "out": f"*{out}", "scale": "*fp32",
-                "residual_norm": "*fp32"}  # fmt: skip
+                "residual_norm": "*fp32", "stored_norm": "*fp32"}  # fmt: skip
     strides = {"block_stride": "i64", "token_stride": "i64", "out_stride": "i64"}
     sizes = {"num_rows": "i32", "num_tokens": "i32", "num_out_rows": "i64", "ln_eps": "fp32"}
     constants = kernels.constants(
         config, hidden_dim=case.hidden_dim, dim=case.dim, project=case.project, mean=case.mean,
         hidden_dtype=case.hidden, weight_dtype=case.weight if case.project else None, backend=target.backend,
+        group=case.group,
     ) | {
         "RAGGED": case.ragged, "MEAN": case.mean, "PROJECT": case.project, "HAS_BIAS": case.project,
         "LAYER_NORM": True, "HAS_LN_WEIGHT": True, "HAS_LN_BIAS": True, "NORMALIZE": True,
-        "QUANTIZE": case.out == torch.int8, "RESIDUAL": case.out != torch.float32, "PANEL": case.panel,
+        "QUANTIZE": case.out in (torch.int8, torch.uint8), "SHIFT": 128 if case.out == torch.uint8 else 0,
+        "RESIDUAL": case.out != torch.float32, "NORM": case.out != torch.float32, "PANEL": case.panel,
         "GROUP": case.group,
     }  # fmt: skip
     types = pointers | strides | sizes

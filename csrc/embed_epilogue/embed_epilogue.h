@@ -4,8 +4,11 @@
 //   x = W x + b                                optional
 //   x = LayerNorm(x) * ln_weight + ln_bias     optional
 //   x = x / max(|x|, 1e-12)                    optional
-//   out[row_ids[row]] = float32(x) | bfloat16(x) | int8(x / scale),  scale = max|x| / 127
-//   residual_norm[row_ids[row]] >= |x - stored(x)|, above it by rounding only
+//   out[row_ids[row]] = float32(x) | bfloat16(x) | int8(x / scale),  scale = max(max|x| / 127, 2^-100)
+//   residual_norm[row_ids[row]] >= |x - stored(x)| and norm[row_ids[row]] >= |stored(x)|, by rounding only
+//
+// bfloat16 holds no subnormals (vdpbf16ps takes them for 0). kUInt8 is kInt8 plus 128, as VNNI wants it. In
+// panels these are the bits that csrc/mips_topk/layout.cpp makes of x.
 //
 // All sums are float32 in an order that depends on H, D and the row's own tokens alone: neither the number of
 // threads nor the other rows of the pack change a bit of a row.
@@ -16,7 +19,7 @@
 namespace realm_fast {
 
 // Element types, the same numbers as in realm_fast/ops/embed_epilogue.py.
-enum class EpilogueType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+enum class EpilogueType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kUInt8 = 4 };
 
 struct EmbedEpilogue {
   const void* hidden = nullptr;  // [S, H] ragged, or [R, T, H]; the last dimension contiguous
@@ -39,16 +42,17 @@ struct EmbedEpilogue {
   float ln_eps = 0;
   bool normalize = false;
   void* out = nullptr;
-  EpilogueType out_type = EpilogueType::kFloat32;  // kFloat32, kBFloat16 or kInt8
+  EpilogueType out_type = EpilogueType::kFloat32;  // all but kFloat16
   // Where element d of stored row n lies, in elements:
   //   n / panel_rows * out_stride + d / group * panel_rows * group + n % panel_rows * group + d % group
-  // panel_rows = group = 1 is row-major.
+  // panel_rows = group = 1 is row-major. What D does not fill of a last group is set to 0.
   int64_t out_stride = 0;
   int64_t panel_rows = 1;
   int64_t group = 1;
   const int64_t* row_ids = nullptr;  // [R]; all different and within `out`
-  float* scale = nullptr;            // int8 only
+  float* scale = nullptr;            // kInt8 and kUInt8
   float* residual_norm = nullptr;    // or null
+  float* norm = nullptr;             // or null
 };
 
 void embed_epilogue_cpu(const EmbedEpilogue& args, int num_threads);

@@ -13,7 +13,7 @@ void bind_embed_epilogue(py::module_& m) {
       [](P hidden, int hidden_type, P offsets, bool ragged, int64_t num_rows, int64_t block_stride,
          int64_t token_stride, int64_t hidden_dim, int64_t dim, bool mean, P weight, P bias, bool layer_norm,
          P ln_weight, P ln_bias, double ln_eps, bool normalize, P out, int out_type, int64_t out_stride,
-         int64_t panel_rows, int64_t group, P row_ids, P scale, P residual_norm, int num_threads) {
+         int64_t panel_rows, int64_t group, P row_ids, P scale, P residual_norm, P norm, int num_threads) {
         EmbedEpilogue a;
         a.hidden = reinterpret_cast<const void*>(hidden);
         a.hidden_type = static_cast<EpilogueType>(hidden_type);
@@ -40,6 +40,7 @@ void bind_embed_epilogue(py::module_& m) {
         a.row_ids = reinterpret_cast<const int64_t*>(row_ids);
         a.scale = reinterpret_cast<float*>(scale);
         a.residual_norm = reinterpret_cast<float*>(residual_norm);
+        a.norm = reinterpret_cast<float*>(norm);
         const py::gil_scoped_release release;
         embed_epilogue_cpu(a, num_threads);
       },
@@ -48,7 +49,7 @@ void bind_embed_epilogue(py::module_& m) {
       py::arg("dim"), py::arg("mean"), py::arg("weight"), py::arg("bias"), py::arg("layer_norm"),
       py::arg("ln_weight"), py::arg("ln_bias"), py::arg("ln_eps"), py::arg("normalize"), py::arg("out"),
       py::arg("out_type"), py::arg("out_stride"), py::arg("panel_rows"), py::arg("group"), py::arg("row_ids"),
-      py::arg("scale"), py::arg("residual_norm"), py::arg("num_threads"));
+      py::arg("scale"), py::arg("residual_norm"), py::arg("norm"), py::arg("num_threads"));
 }
 
 }  // namespace realm_fast

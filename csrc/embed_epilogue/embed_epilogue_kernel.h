@@ -190,7 +190,8 @@ void layer_norm_row(const EmbedEpilogue& a, float* x) {
 }
 
 // Copies a finished row to its place: whole, or a group of dimensions at a time into its panel.
-REALM_FAST_INLINE void scatter(const EmbedEpilogue& a, int64_t place, const void* row, int64_t size) {
+REALM_FAST_INLINE void scatter(const EmbedEpilogue& a, int64_t place, const void* row, int64_t size,
+                               int padding) {
   const char* from = static_cast<const char*>(row);
   char* to = static_cast<char*>(a.out);
   if (a.panel_rows == 1 && a.group == 1) {
@@ -204,8 +205,9 @@ REALM_FAST_INLINE void scatter(const EmbedEpilogue& a, int64_t place, const void
     for (; done + 4 <= bytes; done += 4, to += step) memcpy(to, from + done, 4);
   }
   for (; done < bytes; done += group_bytes, to += step) {
-    const int64_t left = bytes - done;
-    memcpy(to, from + done, static_cast<size_t>(left < group_bytes ? left : group_bytes));
+    const int64_t filled = bytes - done < group_bytes ? bytes - done : group_bytes;
+    memcpy(to, from + done, static_cast<size_t>(filled));
+    memset(to + filled, padding, static_cast<size_t>(group_bytes - filled));
   }
 }
 
@@ -223,50 +225,62 @@ void finish_row(const EmbedEpilogue& a, int64_t row, float* x, void* stored) {
     for (int64_t d = 0; d < a.dim; d += kLanes) F32::store(x + d, F32::load(x + d) / divisor);
   }
   const int64_t place = a.row_ids[row];
-  vec squares = {};  // of the errors made by storing
+  vec errors = {}, squares = {};  // of what storing loses, and of what it keeps, squared
+  float step = 1;
   if (a.out_type == EpilogueType::kFloat32) {
-    scatter(a, place, x, 4);
+    scatter(a, place, x, 4, 0);
+    if (a.norm != nullptr) {
+      for (int64_t d = 0; d < a.dim; d += kLanes)
+        squares = F32::fma(F32::load(x + d), F32::load(x + d), squares);
+    }
   } else if (a.out_type == EpilogueType::kBFloat16) {
     uint16_t* y = static_cast<uint16_t*>(stored);
     for (int64_t d = 0; d < a.dim; d += kLanes) {
       const vec v = F32::load(x + d);
       const uvec bits = (uvec)v;
       uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+      rounded = (rounded & 0x7f80) != 0 ? rounded : uvec{};       // no subnormals
       rounded = v == v ? rounded : ((bits >> 16) | 0x40);         // a NaN stays a NaN
       const hvec half = __builtin_convertvector(rounded, hvec);
       memcpy(y + d, &half, sizeof half);
-      const vec error = v - (vec)(rounded << 16);
-      squares = F32::fma(error, error, squares);
+      const vec kept = (vec)(rounded << 16), error = v - kept;
+      errors = F32::fma(error, error, errors);
+      squares = F32::fma(kept, kept, squares);
     }
-    scatter(a, place, y, 2);
+    scatter(a, place, y, 2, 0);
   } else {
     int8_t* y = static_cast<int8_t*>(stored);
     vec most = {};
     for (int64_t d = 0; d < a.dim; d += kLanes) most = F32::max(abs(F32::load(x + d)), most);
-    const float amax = max_lanes(most);
-    const float step = amax / 127.0f;
-    // Below 1e-30, 127 / amax would overflow: such a row is stored as zeros, and its residual says so.
-    const float inverse = amax > 1e-30f ? 127.0f / amax : 0.0f;
+    step = max_lanes(most) / 127.0f;
+    step =
+        step > 0x1p-100f ? step : 0x1p-100f;  // keeps the reciprocal finite; the residual says what is lost
+    const float inverse = 1.0f / step;
     const vec magic = F32::set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, ties to even
+    const bool shifted = a.out_type == EpilogueType::kUInt8;
     for (int64_t d = 0; d < a.dim; d += kLanes) {
       const vec v = F32::load(x + d);
       vec q = (v * inverse + magic) - magic;
       q = F32::max(q, F32::set(-127.0f));
       q = -F32::max(-q, F32::set(-127.0f));
-      const bvec small = __builtin_convertvector(__builtin_convertvector(q, F32::ivec), bvec);
-      memcpy(y + d, &small, sizeof small);
       const vec error = F32::fma(-q, F32::set(step), v);
-      squares = F32::fma(error, error, squares);
+      errors = F32::fma(error, error, errors);
+      squares = F32::fma(q, q, squares);  // exact: integers below 2^24 up to D = 1040, and close above
+      F32::ivec integer = __builtin_convertvector(q, F32::ivec);
+      if (shifted) integer = integer + 128;
+      const bvec small = __builtin_convertvector(integer, bvec);
+      memcpy(y + d, &small, sizeof small);
     }
-    scatter(a, place, y, 1);
+    scatter(a, place, y, 1, shifted ? 128 : 0);
     a.scale[place] = step;
   }
+  // Rounded up past every error made here: the sums (D terms), q * step (2^-24 of x), and underflow.
+  const float slack = 1.0f + static_cast<float>(a.dim + 8) * 6e-8f;
   if (a.residual_norm != nullptr) {
-    // Rounded up past every error made here: the sums (D terms), q * step (2^-24 of x), and underflow.
-    const float slack = 1.0f + static_cast<float>(a.dim + 8) * 6e-8f;
     a.residual_norm[place] =
-        square_root(sum_lanes(squares)) * slack + square_root(sum_of_squares(x, a.dim)) * 1.2e-7f + 1e-17f;
+        square_root(sum_lanes(errors)) * slack + square_root(sum_of_squares(x, a.dim)) * 1.2e-7f + 1e-17f;
   }
+  if (a.norm != nullptr) a.norm[place] = step * square_root(sum_lanes(squares)) * slack + 1e-17f;
 }
 
 void run_rows(const EmbedEpilogue& a, int64_t begin, int64_t end, float* scratch) {

@@ -4,16 +4,20 @@
     x = W x + b                               optional
     x = LayerNorm(x) * ln_weight + ln_bias    optional
     x = x / max(|x|, 1e-12)                   optional
-    out[row_ids] = x                          float32, bfloat16, or int8 with scale = max|x| / 127
+    out[row_ids] = x                          float32, bfloat16, or int8, scale = max(max|x| / 127, 2^-100)
     residual_norm[row_ids] >= |x - stored|    for a certified low-precision scan; above it by rounding only
+    norm[row_ids] >= |stored|                 likewise
+
+In panels the stored bits are those of a MipsIndex (realm_fast/panels.py): bfloat16 without subnormals, int8
+as uint8 around 128, the unused end of a last group 0.
 
 Inference only. Edge cases, the same for every implementation:
 
     block without tokens, or tokens outside of hidden: an error on the CPU; on a GPU, where looking would stop
                            the stream, nothing is read and the row is NaN
     row id out of range    an error on the CPU; on a GPU the row is not written
-    NaN or infinity        stays in float rows; in int8 rows residual_norm is NaN
-    max|x| <= 1e-30, int8  stored as zeros; residual_norm covers it
+    NaN or infinity        stays in float rows; in int8 rows residual_norm is not finite
+    max|x| < 2^-94, int8   stored coarsely or as zeros; residual_norm covers it
 """
 
 import itertools
@@ -29,16 +33,18 @@ from realm_fast.ops._dispatch import choose_impl
 
 POOLINGS = ("cls", "mean")
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STORED_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+_INTEGERS = (torch.int8, torch.uint8)
+_TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 
 
 class StoredRows(NamedTuple):
     """What `embed_epilogue` wrote to."""
 
     out: Tensor  # [N, D], or [panels, groups, panel_rows, group]
-    scale: Tensor | None  # [N] float32, int8 only: row = out * scale
+    scale: Tensor | None  # [N] float32, int8 and uint8 only: row = int8 value * scale
     residual_norm: Tensor | None  # [N] float32: |row - stored row|, rounded up
+    norm: Tensor | None  # [N] float32: |stored row|, rounded up
 
 
 def embed_epilogue(
@@ -58,6 +64,7 @@ def embed_epilogue(
     row_ids: Tensor | None = None,
     scale: Tensor | None = None,
     residual_norm: Tensor | None = None,
+    norm: Tensor | None = None,
     impl: str = "auto",
 ) -> StoredRows:
     """Turns the token states of a pack into rows of an index, written where the index keeps them.
@@ -73,18 +80,20 @@ def embed_epilogue(
         ln_eps: LayerNorm's eps; None: no LayerNorm.
         ln_weight, ln_bias: [D], only with `ln_eps`; None: ones, zeros.
         normalize: divide by the L2 norm.
-        dtype: how rows are stored where `out` is not given: float32 (default), bfloat16 or int8.
+        dtype: how rows are stored where `out` is not given: float32 (default), bfloat16, int8, or uint8 (int8
+            plus 128).
         out: where rows are written: [N, D] row-major, or [panels, ceil(D / group), panel_rows, group], whose
-            element [n // panel_rows, d // group, n % panel_rows, d % group] is dimension d of row n (what D
-            does not fill of a last group is left as it is). None: a new [R, D].
+            element [n // panel_rows, d // group, n % panel_rows, d % group] is dimension d of row n. None: a
+            new [R, D].
         row_ids: [R] int64, all different, 0 <= row_ids < N: row of `out` for each block; None: 0, 1, ...
-        scale: [N] float32, written for int8 rows; None with `out=None`: a new one.
-        residual_norm: [N] float32, written; required for int8 with `out`, else optional.
+        scale: [N] float32, written; required for int8 and uint8 with `out`.
+        residual_norm, norm: [N] float32, written where given; `residual_norm` is required for int8 and uint8
+            with `out`. Without `out` low precision gets both.
         impl: "auto", "triton" (CUDA and ROCm tensors), "cpu" (native) or "reference" (plain torch).
             On a GPU a projection to D <= 256 is fused; a wider one is pool, GEMM, finish.
 
     Returns:
-        StoredRows(out, scale, residual_norm).
+        StoredRows(out, scale, residual_norm, norm).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype, device or values.
@@ -120,23 +129,24 @@ def embed_epilogue(
         )
 
     if out is None:
-        if row_ids is not None or scale is not None or residual_norm is not None:
-            raise ValueError("out: expected a tensor beside row_ids, scale or residual_norm, got None")
+        if any(t is not None for t in (row_ids, scale, residual_norm, norm)):
+            raise ValueError("out: expected a tensor beside row_ids, scale, residual_norm or norm, got None")
         dtype = torch.float32 if dtype is None else dtype
         if dtype not in STORED_DTYPES:
-            raise TypeError(f"dtype: expected float32/bfloat16/int8, got {dtype}")
+            raise TypeError(f"dtype: expected float32/bfloat16/int8/uint8, got {dtype}")
         out = torch.empty(rows, dim, dtype=dtype, device=device)
-        if dtype == torch.int8:
+        if dtype in _INTEGERS:
             scale = torch.empty(rows, dtype=torch.float32, device=device)
         if dtype != torch.float32:
-            residual_norm = torch.empty(rows, dtype=torch.float32, device=device)
+            residual_norm, norm = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(2))
     elif dtype is not None and dtype != getattr(out, "dtype", dtype):
         raise TypeError(f"dtype: expected that of out, {out.dtype}, got {dtype}")
     stored = _check_out(out, dim, device)
-    _check_per_row("scale", scale, stored, device, needed=out.dtype == torch.int8)
-    _check_per_row("residual_norm", residual_norm, stored, device, needed=out.dtype == torch.int8)
-    if scale is not None and out.dtype != torch.int8:
-        raise ValueError(f"scale: only int8 rows have one, out is {out.dtype}")
+    _check_per_row("scale", scale, stored, device, needed=out.dtype in _INTEGERS)
+    _check_per_row("residual_norm", residual_norm, stored, device, needed=out.dtype in _INTEGERS)
+    _check_per_row("norm", norm, stored, device, needed=False)
+    if scale is not None and out.dtype not in _INTEGERS:
+        raise ValueError(f"scale: only int8 and uint8 rows have one, out is {out.dtype}")
     if row_ids is None:
         if rows > stored:
             raise ValueError(f"out: expected room for {rows} rows, got {list(out.shape)}")
@@ -160,10 +170,10 @@ def embed_epilogue(
         },
     )
     embed_epilogue_op(
-        hidden, offsets, row_ids, weight, bias, ln_weight, ln_bias, out, scale, residual_norm,
+        hidden, offsets, row_ids, weight, bias, ln_weight, ln_bias, out, scale, residual_norm, norm,
         cu_seqlens is not None, pooling == "mean", ln_eps, normalize, chosen,
     )  # fmt: skip
-    return StoredRows(out, scale, residual_norm)
+    return StoredRows(out, scale, residual_norm, norm)
 
 
 def embed_rows_reference(
@@ -199,15 +209,21 @@ def _cut(states: Tensor, length: int) -> Tensor:
 
 def quantize_rows_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """int8 rows and their scales: x is about rows * scale[:, None]."""
-    amax = x.abs().amax(-1)
-    inverse = torch.where(amax > 1e-30, 127 / amax, 0)  # 127 / amax overflows below
-    return (x * inverse[:, None]).round().clamp(-127, 127).to(torch.int8), amax / 127
+    scale = (x.abs().amax(-1) / 127).clamp(min=2.0**-100)  # keeps 1 / scale finite
+    return (x * (1 / scale)[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def residual_norm_bound(x: Tensor, stored: Tensor) -> Tensor:
-    """|x - stored| of each float32 row, rounded up past every error float32 makes in computing it."""
-    norms = torch.linalg.vector_norm(x - stored, dim=-1) * (1 + (x.shape[-1] + 8) * 6e-8)
-    return norms + torch.linalg.vector_norm(x, dim=-1) * 1.2e-7 + 1e-17
+def bfloat16_rows_reference(x: Tensor) -> Tensor:
+    """bfloat16 rows, subnormals as 0: the CPU's bfloat16 products take them for 0."""
+    rows = x.to(torch.bfloat16)
+    return torch.where(rows.abs() < torch.finfo(torch.bfloat16).tiny, 0, rows)
+
+
+def norm_bounds(x: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+    """|x - stored| and |stored| of each float32 row, rounded up past every error float32 makes in them."""
+    slack = 1 + (x.shape[-1] + 8) * 6e-8
+    lost, norm, kept = (torch.linalg.vector_norm(v, dim=-1) for v in (x - stored, x, stored))
+    return lost * slack + norm * 1.2e-7 + 1e-17, kept * slack + 1e-17
 
 
 def rows_of(out: Tensor, dim: int) -> Tensor:
@@ -237,7 +253,7 @@ def triton_reason(hidden: Tensor, dim: int, *, projected: bool) -> str | None:
     return None
 
 
-@torch.library.custom_op("realm_fast::embed_epilogue", mutates_args=("out", "scale", "residual_norm"))
+@torch.library.custom_op("realm_fast::embed_epilogue", mutates_args=("out", "scale", "residual_norm", "norm"))
 def embed_epilogue_op(
     hidden: Tensor,
     offsets: Tensor,
@@ -249,6 +265,7 @@ def embed_epilogue_op(
     out: Tensor,
     scale: Tensor | None,
     residual_norm: Tensor | None,
+    norm: Tensor | None,
     ragged: bool,
     mean: bool,
     ln_eps: float | None,
@@ -266,14 +283,14 @@ def embed_epilogue_op(
             embed_rows_reference(
                 hidden, offsets, ragged, mean, weight, bias, ln_eps, ln_weight, ln_bias, normalize
             ),
-            row_ids, out, scale, residual_norm,
+            row_ids, out, scale, residual_norm, norm,
         )  # fmt: skip
         return
     if impl == "triton":
         from realm_fast.kernels import embed_epilogue as kernels
 
         kernels.launch(
-            hidden, offsets, row_ids, weight, bias, ln_weight, ln_bias, out, scale, residual_norm,
+            hidden, offsets, row_ids, weight, bias, ln_weight, ln_bias, out, scale, residual_norm, norm,
             ragged=ragged, mean=mean, ln_eps=ln_eps, normalize=normalize, dim=dim, num_out_rows=num_out_rows,
         )  # fmt: skip
         return
@@ -307,35 +324,46 @@ def embed_epilogue_op(
         row_ids=row_ids.data_ptr(),
         scale=0 if scale is None else scale.data_ptr(),
         residual_norm=0 if residual_norm is None else residual_norm.data_ptr(),
+        norm=0 if norm is None else norm.data_ptr(),
         num_threads=torch.get_num_threads(),
     )
 
 
 @embed_epilogue_op.register_fake
-def _(hidden, offsets, row_ids, weight, bias, ln_weight, ln_bias, out, scale, residual_norm,
+def _(hidden, offsets, row_ids, weight, bias, ln_weight, ln_bias, out, scale, residual_norm, norm,
       ragged, mean, ln_eps, normalize, impl):  # fmt: skip
     return None
 
 
 def _store_reference(
-    x: Tensor, row_ids: Tensor, out: Tensor, scale: Tensor | None, residual_norm: Tensor | None
+    x: Tensor,
+    row_ids: Tensor,
+    out: Tensor,
+    scale: Tensor | None,
+    residual_norm: Tensor | None,
+    norm: Tensor | None,
 ) -> None:
-    if out.dtype == torch.int8:
+    if out.dtype in _INTEGERS:
         stored, step = quantize_rows_reference(x)
         scale[row_ids] = step.to(scale.dtype)
         back = stored.to(x.dtype) * step[:, None]
+        if out.dtype == torch.uint8:
+            stored = (stored.to(torch.int16) + 128).to(torch.uint8)
     else:
-        stored = x.to(out.dtype)
+        stored = bfloat16_rows_reference(x) if out.dtype == torch.bfloat16 else x.to(out.dtype)
         back = stored.to(x.dtype)
-    if residual_norm is not None:
-        residual_norm[row_ids] = residual_norm_bound(x, back).to(residual_norm.dtype)
+    for bound, value in zip((residual_norm, norm), norm_bounds(x, back)):
+        if bound is not None:
+            bound[row_ids] = value.to(bound.dtype)
     if out.dim() == 2:
         out[row_ids] = stored
         return
-    _, _, panel_rows, group = out.shape
-    d = torch.arange(x.shape[-1], device=x.device)
+    _, groups, panel_rows, group = out.shape
+    padding = 128 if out.dtype == torch.uint8 else 0
+    padded = torch.nn.functional.pad(stored, (0, groups * group - x.shape[-1]), value=padding)
+    d = torch.arange(groups * group, device=x.device)
     panel, slot = (row_ids // panel_rows)[:, None], (row_ids % panel_rows)[:, None]
-    out[panel, (d // group)[None, :], slot, (d % group)[None, :]] = stored
+    out[panel, (d // group)[None, :], slot, (d % group)[None, :]] = padded
 
 
 def _check_offsets(hidden: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, int]:
