@@ -11,6 +11,7 @@ void bind_embed_epilogue(py::module_& m);
 void bind_linear_marginal_ce(py::module_& m);
 void bind_marginal_lse(py::module_& m);
 void bind_mips_topk(py::module_& m);
+void bind_mips_topk_cuda(py::module_& m);
 void bind_roofline(py::module_& m);
 }  // namespace realm_fast
 
@@ -48,5 +49,6 @@ PYBIND11_MODULE(_native, m) {
   realm_fast::bind_linear_marginal_ce(m);
   realm_fast::bind_marginal_lse(m);
   realm_fast::bind_mips_topk(m);
+  realm_fast::bind_mips_topk_cuda(m);
   realm_fast::bind_roofline(m);
 }

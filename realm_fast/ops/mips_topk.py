@@ -66,7 +66,9 @@ def mips_topk(
         blocks: [N, D], of the same dtype and device.
         k: how many, at least 0.
         exclude_ids: [B] or [B, E] int64 or int32; per query the blocks that may not be returned (-1: none).
-        impl: "cpu" (fused: the scores are never held), "reference" (plain torch, any device), or "auto".
+        impl: "cuda" or "cpu" (fused: the scores are never held), "reference" (plain torch, any device), or
+            "auto". "cuda" takes k <= 2048 and, as every CUDA call here, never waits for the device: ids
+            outside [-1, N) in `exclude_ids` are ignored there instead of refused.
 
     Returns:
         TopK(scores [B, k] float32, ids [B, k] int64), by descending score, ties to the lower id; -inf and
@@ -87,6 +89,7 @@ def mips_topk(
         "mips_topk",
         impl,
         {
+            "cuda": lambda: cuda_reason(queries, k),
             "cpu": lambda: None if queries.is_cpu else f"the tensors are on {queries.device}",
             "reference": lambda: None,
         },
@@ -96,6 +99,22 @@ def mips_topk(
             _check_range(exclude_ids, len(blocks))
         return mips_topk_reference(queries.float(), blocks.float(), k, exclude_ids=exclude_ids)
     return TopK(*mips_topk_op(queries, blocks, k, exclude_ids))
+
+
+def cuda_reason(queries: Tensor, k: int) -> str | None:
+    """Why the CUDA kernels cannot take this call, or None."""
+    if not queries.is_cuda:
+        return f"the tensors are on {queries.device}"
+    if not _native.build_info()["cuda"]:
+        return "this build has no CUDA kernels (no nvcc was found when it was built)"
+    capability = torch.cuda.get_device_capability(queries.device)
+    if capability < (8, 0):
+        return (
+            f"the kernels need compute capability 8.0, {queries.device} has {capability[0]}.{capability[1]}"
+        )
+    if not isinstance(k, torch.SymInt) and k > _native.MAX_CUDA_K:
+        return f"the kernels take k <= {_native.MAX_CUDA_K}, got {k}"
+    return None
 
 
 def check_exclude_ids(exclude_ids: Tensor, queries: Tensor) -> Tensor:
@@ -144,6 +163,44 @@ def mips_topk_op(
         scores.data_ptr(),
         ids.data_ptr(),
     )
+    return scores, ids
+
+
+@mips_topk_op.register_kernel("cuda")
+def _(queries: Tensor, blocks: Tensor, k: int, exclude_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    (num_queries, dim), num_blocks = queries.shape, blocks.shape[0]
+    queries, blocks = dense_rows(queries), dense_rows(blocks)
+    call = _native.MipsTopkCuda(
+        dtype=_ROW_TYPES[queries.dtype],
+        queries=queries.data_ptr(),
+        num_queries=num_queries,
+        query_stride=queries.stride(0),
+        blocks=blocks.data_ptr(),
+        num_blocks=num_blocks,
+        block_stride=blocks.stride(0),
+        dim=dim,
+        k=k,
+    )
+    return run_cuda(call, queries, k, exclude_ids)
+
+
+def dense_rows(rows: Tensor) -> Tensor:
+    """The same values with each row contiguous; copies only if they are not already."""
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def run_cuda(call, queries: Tensor, k: int, exclude_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs and workspace from torch's allocator, on the caller's stream; nothing waits for the device."""
+    with torch.cuda.device(queries.device):
+        if exclude_ids is not None:
+            exclude_ids = exclude_ids.long().contiguous()
+            call.exclude(exclude_ids.data_ptr(), exclude_ids.shape[1])
+        scores = queries.new_empty((len(queries), k), dtype=torch.float32)
+        ids = queries.new_empty((len(queries), k), dtype=torch.int64)
+        workspace_bytes = call.workspace_bytes
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=queries.device)
+        stream = torch.cuda.current_stream().cuda_stream
+        call.run(scores.data_ptr(), ids.data_ptr(), workspace.data_ptr(), workspace_bytes, stream)
     return scores, ids
 
 

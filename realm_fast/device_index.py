@@ -1,0 +1,242 @@
+"""A block index that lives in a GPU's memory: exact top-k search without a copy to the host.
+
+    index = DeviceIndex.from_embeddings(emb, dtype="int8")     # emb on "cuda"
+    scores, ids = index.search(queries, k=8)                   # the float32 answer; nothing waits for the device
+
+Rows are stored one after the other, as the scan's cp.async wants them. bfloat16 and int8 keep the float32
+rows beside the codes: the scan reads the codes, and every row that could be among the k best is scored again
+in float32 (docs/ops/mips_topk.md derives the certificate). `MipsIndex` is the index that grows, shrinks and
+is saved; this is the one that a training step on a GPU searches.
+"""
+
+import torch
+from torch import Tensor
+
+from realm_fast import _native
+from realm_fast.index import MipsIndex, Provenance
+from realm_fast.ops._checks import check_choice, check_int, check_tensor
+from realm_fast.ops._dispatch import choose_impl
+from realm_fast.ops.mips_topk import (
+    FLOAT_DTYPES,
+    ID_DTYPES,
+    check_exclude_ids,
+    cuda_reason,
+    mips_topk,
+    run_cuda,
+)
+from realm_fast.types import NO_BLOCK, TopK
+
+DTYPES = ("float32", "bfloat16", "int8")
+_ROW_BYTES = 16  # rows start at multiples of it, so that cp.async and 128-bit loads may be used
+_STORE_ROWS = 1 << 18  # rows quantised at a time
+_LEVELS = 127
+
+
+class DeviceIndex:
+    """Exact top-k inner-product search over embeddings in device memory."""
+
+    def __init__(self, dtype: str, dim: int, num_rows: int, device: torch.device) -> None:
+        """An index of `num_rows` rows of zeros; use `from_embeddings`, or `store` into it (a refresh does)."""
+        check_choice("dtype", dtype, DTYPES)
+        self.dtype, self.dim, self.device = dtype, dim, torch.device(device)
+        self.provenance: Provenance | None = None
+        self.ids: Tensor | None = None  # [N] int64 ascending; None: a row's id is its number
+        code_type = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[dtype]
+        per_row = _ROW_BYTES // code_type.itemsize
+        stride = -(-max(dim, 1) // per_row) * per_row
+        options = {"device": self.device}
+        self.codes = torch.zeros(num_rows, stride, dtype=code_type, **options)[:, :dim]
+        self.originals: Tensor | None = None
+        if dtype != "float32":
+            stride = -(-max(dim, 1) // 4) * 4
+            self.originals = torch.zeros(num_rows, stride, **options)[:, :dim]
+            self.residual = torch.zeros(num_rows, **options)  # [N] |x - x~|, rounded up
+            self.norm = torch.zeros(num_rows, **options)  # [N] |x|, rounded up
+            self.bounds = torch.zeros(2, **options)  # the largest of each
+        self.scale = torch.ones(num_rows, **options) if dtype == "int8" else None
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        emb: Tensor,
+        dtype: str = "float32",
+        ids: Tensor | None = None,
+        *,
+        provenance: Provenance | None = None,
+        device: torch.device | str | None = None,
+    ) -> "DeviceIndex":
+        """Builds an index over a copy of `emb` on `device` (default: where `emb` is).
+
+        Args:
+            emb: [N, D] float32, bfloat16 or float16, one row a block.
+            dtype: what a search reads: "float32", "bfloat16" or "int8". Answers are float32-exact for each.
+            ids: [N] int64 or int32, ascending and distinct, >= 0; None: 0 .. N-1.
+            provenance: what the embeddings were made from.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or range; a row of a bfloat16 or
+                int8 index is not finite.
+        """
+        check_tensor("emb", emb, shape=["N", "D"], dtypes=FLOAT_DTYPES)
+        index = cls(dtype, emb.shape[1], len(emb), torch.device(emb.device if device is None else device))
+        if ids is not None:
+            check_tensor("ids", ids, shape=[len(emb)], dtypes=ID_DTYPES)
+            ids = ids.to(index.device, torch.int64)
+            if len(ids) and (int(ids[0]) < 0 or not bool((ids.diff() > 0).all())):
+                raise ValueError("ids: expected distinct ids >= 0 in ascending order")
+            index.ids = ids.clone()
+        index.provenance = provenance
+        for begin in range(0, len(emb), _STORE_ROWS):
+            index.store(begin, emb[begin : begin + _STORE_ROWS])
+        index.seal()
+        return index
+
+    @classmethod
+    def from_index(
+        cls, index: MipsIndex, device: torch.device | str, dtype: str | None = None
+    ) -> "DeviceIndex":
+        """The blocks of a `MipsIndex`, in ascending order of their ids, on a device."""
+        ids = index.ids()
+        copy = cls(index.dtype if dtype is None else dtype, index.dim, len(ids), torch.device(device))
+        for begin in range(0, len(ids), _STORE_ROWS):
+            copy.store(begin, index.reconstruct(ids[begin : begin + _STORE_ROWS]))
+        copy.ids = ids.to(copy.device)
+        copy.provenance = index.provenance
+        copy.seal()
+        return copy
+
+    def store(self, first_row: int, emb: Tensor) -> None:
+        """Writes rows [first_row, first_row + n) and their codes, on the current stream; then call `seal`.
+
+        Args:
+            emb: [n, D] float32, bfloat16 or float16, on any device.
+        """
+        check_tensor("emb", emb, shape=["n", self.dim], dtypes=FLOAT_DTYPES)
+        check_int("first_row", first_row, minimum=0, maximum=len(self) - len(emb))
+        rows = slice(first_row, first_row + len(emb))
+        values = emb.detach().to(self.device, torch.float32, non_blocking=True)
+        if self.originals is None:
+            self.codes[rows] = values
+            return
+        self.originals[rows] = values
+        if self.dtype == "int8":
+            largest = values.abs().amax(1) if self.dim else values.new_zeros(len(values))
+            scale = torch.where(largest > 0, largest / _LEVELS, 1)
+            codes = (values / scale[:, None]).round().clamp(-_LEVELS, _LEVELS)
+            self.scale[rows] = scale
+            self.codes[rows] = codes.to(torch.int8)
+            stored = codes * scale[:, None]
+        else:
+            self.codes[rows] = values.to(torch.bfloat16)
+            stored = self.codes[rows].float()
+        # Rounded up: each norm is a sum of dim squares in float32, in whatever order.
+        slack = 1 + (self.dim + 16) * 2.0**-23
+        self.residual[rows] = torch.linalg.vector_norm(values - stored, dim=1) * slack
+        self.norm[rows] = torch.linalg.vector_norm(values, dim=1) * slack
+
+    def seal(self) -> None:
+        """Takes the certificate's bounds over all rows. Waits for the device.
+
+        Raises:
+            ValueError: a row is not finite, or too large for the codes.
+        """
+        if self.originals is None or len(self) == 0:
+            return
+        bad = ~(self.residual.isfinite() & self.norm.isfinite())
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            raise ValueError(
+                f"emb: row {row} is not finite or too large for {self.dtype} codes; a float32 index takes it"
+            )
+        torch.stack([self.residual.amax(), self.norm.amax()], out=self.bounds)
+
+    def search(
+        self, queries: Tensor, k: int, *, exclude_ids: Tensor | None = None, exact: bool = True
+    ) -> TopK:
+        """The k blocks with the largest inner product with each query.
+
+        Args:
+            queries: [B, D] float32, bfloat16 or float16, on the index's device.
+            k: how many, 0 .. 2048.
+            exclude_ids: [B] or [B, E] int64 or int32; per query the ids that may not be returned (-1: none).
+            exact: True: the float32 answer. False is not offered: the certificate costs too little here.
+
+        Returns:
+            TopK(scores [B, k] float32, ids [B, k] int64), by descending score, ties to the lower id; -inf
+            and -1 where fewer than k blocks remain.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range, or this build
+                or this device cannot run the kernels.
+        """
+        check_tensor("queries", queries, shape=["B", self.dim], dtypes=FLOAT_DTYPES, device=self.codes.device)
+        check_int("k", k, minimum=0)
+        if not exact:
+            raise ValueError("exact: a DeviceIndex always gives the float32 answer, expected True, got False")
+        if exclude_ids is not None:
+            exclude_ids = check_exclude_ids(exclude_ids, queries)
+            if self.ids is not None:
+                exclude_ids = self._rows_of(exclude_ids)
+        values = queries.detach().float().contiguous()
+        if self.originals is None:
+            scores, rows = mips_topk(values, self.codes, k, exclude_ids=exclude_ids)
+        else:
+            choose_impl("DeviceIndex.search", "cuda", {"cuda": lambda: cuda_reason(queries, k)})
+            scores, rows = run_cuda(self._call(values, k), values, k, exclude_ids)
+        if self.ids is None or len(self.ids) == 0:
+            return TopK(scores, rows)
+        return TopK(scores, torch.where(rows >= 0, self.ids[rows.clamp(min=0)], NO_BLOCK))
+
+    def _call(self, queries: Tensor, k: int):
+        call = _native.MipsTopkCuda(
+            dtype=self.dtype,
+            queries=queries.data_ptr(),
+            num_queries=len(queries),
+            query_stride=self.dim,
+            blocks=self.codes.data_ptr(),
+            num_blocks=len(self),
+            block_stride=self.codes.stride(0),
+            dim=self.dim,
+            k=k,
+        )
+        call.certify(
+            originals=self.originals.data_ptr(),
+            original_stride=self.originals.stride(0),
+            scale=0 if self.scale is None else self.scale.data_ptr(),
+            residual=self.residual.data_ptr(),
+            norm=self.norm.data_ptr(),
+            bounds=self.bounds.data_ptr(),
+        )
+        return call
+
+    def _rows_of(self, ids: Tensor) -> Tensor:
+        """Rows of ids, NO_BLOCK for those not in the index."""
+        if len(self.ids) == 0:
+            return torch.full_like(ids, NO_BLOCK)
+        wanted = ids.long()
+        rows = torch.searchsorted(self.ids, wanted).clamp(max=len(self.ids) - 1)
+        return torch.where(self.ids[rows] == wanted, rows, NO_BLOCK)
+
+    def reconstruct(self, ids: Tensor) -> Tensor:
+        """[n, D] float32, on the index's device.
+
+        Raises:
+            ValueError: an id is not in the index.
+        """
+        wanted = check_tensor("ids", ids, shape=["n"], dtypes=ID_DTYPES).to(self.device).long()
+        rows = wanted if self.ids is None else self._rows_of(wanted)
+        missing = (rows < 0) | (rows >= len(self))
+        if bool(missing.any()):
+            raise ValueError(f"ids: {int(wanted[missing][0])} is not in the index")
+        return (self.codes if self.originals is None else self.originals)[rows].float()
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held."""
+        tensors = [self.codes, self.originals, self.scale, self.ids]
+        if self.originals is not None:
+            tensors += [self.residual, self.norm, self.bounds]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
