@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # A block that holds this share of the sentence's trigrams is a near-copy. One changed token breaks three
 # trigrams, so that a sentence of 25 tokens with three scattered changes still reaches 0.6, while sentences of
-# one pattern ("X is a city in Y") stay below. docs/models.md shows the distribution over real text.
+# one pattern mostly stay below. docs/models.md shows the distribution over real text.
 NEAR_COPY_CONTAINMENT = 0.6
 NEAR_COPY_NGRAM_TOKENS = 3
 # Retrieval doubles from about twice the need up to here; a slot still empty then stays absent.
