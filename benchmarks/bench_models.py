@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         embedder = Embedder.from_config(EmbedderConfig(trunk=arguments.trunk), store.tokenizer())
         reader = Reader.from_config(ReaderConfig(trunk=arguments.trunk), store.tokenizer())
-        print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {arguments.threads} thread(s), "
-              f"load {os.getloadavg()[0]:.1f}; {arguments.trunk}, {len(store)} blocks\n")  # fmt: skip
+        print(f"{platform.machine()}, torch {torch.__version__}, {arguments.threads} thread(s), load "
+              f"{os.getloadavg()[0]:.1f}; {arguments.trunk}, {len(store)} blocks\n")  # fmt: skip
         results = {
             "step": bench_step(RealmModel(embedder, reader), store, repeat),
             "embedding": bench_embedding(embedder, store, repeat, share),
@@ -201,9 +201,8 @@ def bench_embedding(
             if off > (1e-4 if not name.startswith("bfloat16") else 0.5):
                 raise AssertionError(f"{name}: off by {off}")
     tokens = int(store.block_lengths()[ids].sum())
-    print(
-        f"embedding {len(ids)} blocks, {tokens / len(ids):.0f} tokens each ({embedder.settings.pooling} pooling)\n"
-    )
+    pooling = embedder.settings.pooling
+    print(f"embedding {len(ids)} blocks, {tokens / len(ids):.0f} tokens each ({pooling} pooling)\n")
     print("| arm | blocks/s | quartiles | tokens/s | padding | against the peer |\n|---|---|---|---|---|---|")
     results = {}
     peer = times["transformers, batches of 32"]
@@ -228,7 +227,7 @@ def _packed(
 
 @torch.inference_mode()
 def _peer(embedder: Embedder, store: TokenStore, ids: np.ndarray) -> tuple[torch.Tensor, float]:
-    """transformers' forward, rows as they come, the pooled state through the same projection and LayerNorm."""
+    """transformers' forward, rows as they come; pooling, projection and LayerNorm as ours."""
     side, special = embedder.eval().block_side, embedder.special
     parts, padded = [], 0
     for start in range(0, len(ids), PEER_BATCH_BLOCKS):

@@ -18,9 +18,9 @@ import torch
 
 from realm_fast.errors import DataError
 
-# What one more call of a trunk costs, in tokens of padding it must save: launches, and in the backward pass
-# one more dense gradient of the word embeddings. Steps are equally fast from 128 to 512 and slower beyond (BERT
-# 2 x 128, 128 rows, 1 CPU thread).
+# What one more call of a trunk costs, in tokens of padding it must save: launches and, in the backward
+# pass, one more dense gradient of the word embeddings. Steps are equally fast from 128 to 512 and slower
+# beyond (BERT 2 x 128, 128 rows, 1 CPU thread).
 CALL_OVERHEAD_TOKENS = 512
 
 NO_TOKENS = np.zeros(0, dtype=np.int32)
