@@ -1,5 +1,9 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <utility>
+
+#include "linear_marginal_ce/chunk.h"
 #include "linear_marginal_ce/linear_gold.h"
 
 namespace py = pybind11;
@@ -55,6 +59,40 @@ void bind_linear_marginal_ce(py::module_& m) {
     const py::gil_scoped_release release;
     linear_gold_backward(a, static_cast<Compute>(compute), num_threads);
   });
+#ifdef REALM_FAST_WITH_CUDA
+  using P = uintptr_t;
+  using Shape = std::pair<int64_t, int64_t>;  // rows, columns
+  m.def("chunk_lse_update_cuda", [](P logits, P labels, P row_max, P row_sum, P gold, Shape shape,
+                                    int64_t begin, int dtype, P stream) {
+    const ChunkLse args{reinterpret_cast<const void*>(logits),
+                        reinterpret_cast<const int64_t*>(labels),
+                        reinterpret_cast<void*>(row_max),
+                        reinterpret_cast<void*>(row_sum),
+                        reinterpret_cast<void*>(gold),
+                        shape.first,
+                        shape.second,
+                        begin,
+                        dtype};
+    const py::gil_scoped_release release;
+    chunk_lse_update_cuda(args, reinterpret_cast<void*>(stream));
+  });
+  m.def("chunk_dlogits_cuda", [](P logits, P labels, P row_max, P row_logsum, P grad, P out, Shape shape,
+                                 int64_t begin, int dtype, int out_dtype, P stream) {
+    const ChunkDlogits args{reinterpret_cast<const void*>(logits),
+                            reinterpret_cast<const int64_t*>(labels),
+                            reinterpret_cast<const void*>(row_max),
+                            reinterpret_cast<const void*>(row_logsum),
+                            reinterpret_cast<const void*>(grad),
+                            reinterpret_cast<void*>(out),
+                            shape.first,
+                            shape.second,
+                            begin,
+                            dtype,
+                            out_dtype};
+    const py::gil_scoped_release release;
+    chunk_dlogits_cuda(args, reinterpret_cast<void*>(stream));
+  });
+#endif
 }
 
 }  // namespace realm_fast

@@ -60,6 +60,21 @@ void bind_marginal_lse(py::module_& m) {
   m.def("vector_exp", [](P x, P y, int64_t n) {
     vector_exp(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
   });
+#ifdef REALM_FAST_WITH_CUDA
+  m.def("marginal_lse_cuda",
+        [](P gold, P candidate, P mask, P marginal, P r, Shape shape, bool sequence, int dtype, P stream) {
+          const MarginalLse args = forward_args(gold, candidate, mask, marginal, r, shape, sequence, dtype);
+          const py::gil_scoped_release release;
+          marginal_lse_cuda(args, reinterpret_cast<void*>(stream));
+        });
+  m.def("marginal_lse_backward_cuda",
+        [](P grad, P r, P mask, P d_gold, P d_candidate, Shape shape, bool sequence, int dtype, P stream) {
+          const MarginalLseBackward args =
+              backward_args(grad, r, mask, d_gold, d_candidate, shape, sequence, dtype);
+          const py::gil_scoped_release release;
+          marginal_lse_backward_cuda(args, reinterpret_cast<void*>(stream));
+        });
+#endif
 }
 
 }  // namespace realm_fast
