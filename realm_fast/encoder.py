@@ -10,6 +10,7 @@ a model is ever run.
 """
 
 import contextlib
+import inspect
 import json
 import warnings
 from collections.abc import Iterator
@@ -75,6 +76,7 @@ class Trunk(nn.Module):
         )
         if getattr(self.config, "position_embedding_type", "absolute") not in ("absolute", None):
             self._runs_here = False
+        self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
         self.train()  # as every new module; transformers hands out pretrained ones in evaluation mode
 
     @property
@@ -151,10 +153,10 @@ class Trunk(nn.Module):
         return _bert_layer(layers[-1], rows, states, mask)
 
     def _segments(self, batch: TokenBatch) -> torch.Tensor | None:
+        if not self._takes_segments:
+            return None
         kinds = getattr(self.config, "type_vocab_size", 0)
-        if kinds >= 2:
-            return batch.segments
-        return torch.zeros_like(batch.segments) if kinds == 1 else None
+        return batch.segments if kinds >= 2 else torch.zeros_like(batch.segments)
 
     def _check_length(self, batch: TokenBatch) -> None:
         if batch.ids.shape[1] > self.max_tokens:
@@ -193,7 +195,9 @@ def load_trunk(spec: str | Path, *, mlm_head: bool, vocab_size: int | None = Non
 def trunk_config_dict(trunk: Trunk) -> dict[str, Any]:
     """The Hugging Face configuration as plain JSON, for `trunk_from_config_dict`."""
     values = json.loads(trunk.config.to_json_string(use_diff=False))
-    return {"model_type": trunk.config.model_type, **values}
+    # Private fields say how transformers runs the modules, which the loading side decides anew.
+    public = {name: value for name, value in values.items() if not name.startswith("_")}
+    return {"model_type": trunk.config.model_type, **public}
 
 
 def trunk_from_config_dict(values: dict[str, Any], *, mlm_head: bool, source: str) -> Trunk:
