@@ -79,6 +79,43 @@ float score_of(uint64_t packed) {
 }
 uint32_t key_of(uint64_t packed) { return ~static_cast<uint32_t>(packed); }
 
+// Moves the k largest values to the front, in any order, and returns the least of them. 1 <= k <= count. What
+// std::nth_element does, without its mispredicted branches: the values that come here are in random order.
+template <class T>
+T select_largest(T* values, int64_t count, int64_t k) {
+  int64_t begin = 0, end = count;
+  for (int round = 0; end - begin > 32; ++round) {
+    if (round == 64) break;  // an unlucky order; the sort below is right for any
+    // The pivot: the median of three, well apart.
+    const T a = values[begin], b = values[begin + (end - begin) / 2], c = values[end - 1];
+    const T pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+    int64_t greater = begin;
+    for (int64_t i = begin; i < end; ++i) {
+      const T value = values[i];
+      values[i] = values[greater];
+      values[greater] = value;
+      greater += value > pivot;
+    }
+    if (k <= greater) {
+      end = greater;
+      if (end == begin) break;  // cannot be: k > begin
+      continue;
+    }
+    // Those equal to the pivot follow.
+    int64_t equal = greater;
+    for (int64_t i = greater; i < end; ++i) {
+      const T value = values[i];
+      values[i] = values[equal];
+      values[equal] = value;
+      equal += value == pivot;
+    }
+    if (k <= equal) return pivot;
+    begin = equal;
+  }
+  std::sort(values + begin, values + end, std::greater<>());
+  return values[k - 1];
+}
+
 // Raises `shared` to at least `value`; returns what it then holds.
 template <class T>
 T raise_to(std::atomic<T>& shared, T value) {
@@ -363,9 +400,7 @@ struct Worker {
 
   void compact(int64_t query, int64_t next_row) {
     std::vector<uint64_t>& kept = results[query];
-    const auto kth = kept.begin() + (pass.search.k - 1);
-    std::nth_element(kept.begin(), kth, kept.end(), std::greater<>());
-    const uint64_t value = *kth;
+    const uint64_t value = select_largest(kept.data(), static_cast<int64_t>(kept.size()), pass.search.k);
     kept.resize(pass.search.k);
     best[query] = raise_to(pass.best[query], value);
     set_threshold(query, next_row);
@@ -411,9 +446,8 @@ struct Worker {
     std::vector<Candidate>& kept = candidates[query];
     scratch.resize(kept.size());
     for (size_t i = 0; i < kept.size(); ++i) scratch[i] = kept[i].lower;
-    const auto kth = scratch.begin() + (pass.search.k - 1);
-    std::nth_element(scratch.begin(), kth, scratch.end(), std::greater<>());
-    certain[query] = raise_to(pass.certain[query], *kth);
+    const float kth = select_largest(scratch.data(), static_cast<int64_t>(scratch.size()), pass.search.k);
+    certain[query] = raise_to(pass.certain[query], kth);
     const float least = certain[query];
     std::erase_if(kept, [least](const Candidate& c) { return c.upper < least; });
     if (static_cast<int64_t>(kept.size()) > pass.budget) {
@@ -469,6 +503,12 @@ struct Worker {
       for (int64_t p = task.first_panel; p < task.first_panel + task.num_panels; ++p) {
         bounds[0] = std::max(bounds[0], slab->panel_bounds[2 * p]);
         bounds[1] = std::max(bounds[1], slab->panel_bounds[2 * p + 1]);
+      }
+      if (task.end_group - task.first_group > 2) {  // with many queries most panels have a candidate
+        for (int64_t row = run_slab_row; row < run_slab_row + task.num_panels * kPanelRows; row += 16) {
+          __builtin_prefetch(slab->residual_norm + row, 0, 2);
+          __builtin_prefetch(slab->norm + row, 0, 2);
+        }
       }
     }
     const int64_t first_query = task.first_group * kGroupQueries;
@@ -528,7 +568,11 @@ std::vector<Task> make_tasks(const Pass& pass) {
   const int64_t threads = std::max(pass.search.num_threads, 1);
   int64_t total_panels = 0;
   for (const Stretch& s : pass.stretches) total_panels += (s.num_rows + kPanelRows - 1) / kPanelRows;
-  const int64_t longest = std::max<int64_t>(16, (int64_t{1} << 20) / std::max<int64_t>(panel_bytes, 1));
+  // Few queries: long runs, which memory likes. Many: short ones, so that what a run touches stays in the
+  // cache.
+  const int64_t longest = pass.packed.num_groups > 2
+                              ? 32
+                              : std::max<int64_t>(16, (int64_t{1} << 20) / std::max<int64_t>(panel_bytes, 1));
   const int64_t chunk = std::clamp<int64_t>(total_panels / (threads * 8), 1, longest);
   // Few panels and many queries: split the queries too.
   const int64_t chunks = (total_panels + chunk - 1) / chunk;
@@ -607,7 +651,7 @@ void write_results(const Pass& pass, std::vector<uint64_t>& results, float* scor
   const int64_t k = pass.search.k;
   const int64_t found = std::min<int64_t>(k, static_cast<int64_t>(results.size()));
   if (found < static_cast<int64_t>(results.size())) {
-    std::nth_element(results.begin(), results.begin() + found, results.end(), std::greater<>());
+    if (found > 0) select_largest(results.data(), static_cast<int64_t>(results.size()), found);
   }
   std::sort(results.begin(), results.begin() + found, std::greater<>());
   for (int64_t j = 0; j < found; ++j) {
@@ -838,9 +882,7 @@ struct Driver {
     if (static_cast<int64_t>(candidates.size()) > search.k) {
       std::vector<float> lower(candidates.size());
       for (size_t i = 0; i < candidates.size(); ++i) lower[i] = candidates[i].lower;
-      const auto kth = lower.begin() + (search.k - 1);
-      std::nth_element(lower.begin(), kth, lower.end(), std::greater<>());
-      const float least = *kth;
+      const float least = select_largest(lower.data(), static_cast<int64_t>(lower.size()), search.k);
       std::erase_if(candidates, [least](const Candidate& c) { return c.upper < least; });
     }
     int64_t segment_rows = 0;
@@ -853,8 +895,21 @@ struct Driver {
     }
     Rescorer rescorer(kernels, search.dim);
     const float* values = search.queries + (pass.first_query + query) * search.dim;
+    // Candidates lie anywhere in memory: fetch a batch of rows while the one before is scored.
+    const auto prefetch = [&](size_t begin) {
+      for (size_t i = begin; i < std::min(begin + kPanelRows, candidates.size()); ++i) {
+        const char* row =
+            reinterpret_cast<const char*>(original_row(pass.stretches, candidates[i].row, search.dim));
+        for (int64_t byte = 0; byte < search.dim * int64_t{sizeof(float)}; byte += 64)
+          __builtin_prefetch(row + byte);
+      }
+    };
+    std::sort(candidates.begin(), candidates.end(),
+              [](const Candidate& a, const Candidate& b) { return a.row < b.row; });
+    prefetch(0);
     for (size_t begin = 0; begin < candidates.size(); begin += kPanelRows) {
       const size_t end = std::min(begin + kPanelRows, candidates.size());
+      prefetch(end);
       const float* rows[kPanelRows] = {};
       for (size_t i = begin; i < end; ++i)
         rows[i - begin] = original_row(pass.stretches, candidates[i].row, search.dim);
