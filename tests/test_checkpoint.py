@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import random
@@ -271,13 +272,14 @@ def test_sigkill_at_random_moments_never_leaves_a_torn_checkpoint(tmp_path):
             break
         child = os.fork()
         if child == 0:
-            step = reached
-            while True:
-                step += 1
-                save(tmp_path, step, net, optimizer, keep=2, state={"step": step})
+            try:
+                for step in itertools.count(reached + 1):
+                    save(tmp_path, step, net, optimizer, keep=2, state={"step": step})
+            finally:
+                os._exit(1)  # never back into the test run
         time.sleep(moments.uniform(0.01, 0.08))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         checkpoint = ck.newest_checkpoint(tmp_path)
         if checkpoint is not None:
             assert checkpoint.step >= reached
