@@ -57,7 +57,7 @@ def write(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
         for name, tensor in tensors.items():
             written = 0
             for piece in tensor.pieces:
-                view = memoryview(np.ascontiguousarray(piece)).cast("B") if piece.size else memoryview(b"")
+                view = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
                 for begin in range(0, len(view), _CHUNK_BYTES):
                     chunk = view[begin : begin + _CHUNK_BYTES]
                     digest.update(chunk)
@@ -120,7 +120,7 @@ def read(path: Path, kind: str, *, verify: bool) -> tuple[dict[str, np.ndarray],
     if verify:
         digest = hashlib.sha256()
         for begin in range(0, len(data), _CHUNK_BYTES):
-            digest.update(data[begin : begin + _CHUNK_BYTES])
+            digest.update(data[begin : begin + _CHUNK_BYTES].data)
         if digest.hexdigest() != metadata["data_sha256"]:
             raise CorruptArtifactError(f"{path}: its data is not as it was written (wrong sha256).")
     return {

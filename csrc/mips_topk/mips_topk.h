@@ -37,7 +37,7 @@ struct RowMatrix {
 };
 
 struct Search {
-  int64_t dim = 0;  // at least 1
+  int64_t dim = 0;                 // at least 1
   const float* queries = nullptr;  // [num_queries][dim], contiguous
   int64_t num_queries = 0;
   int64_t k = 0;

@@ -22,7 +22,8 @@ struct Int8Op {
       const __m512i query = _mm512_set1_epi32(int_at(queries + 4 * w));
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) {
-        // As assembly: from the intrinsic, GCC 12 copies and spills accumulators in this loop (half the speed).
+        // As assembly: from the intrinsic, GCC 12 copies and spills accumulators in this loop (half the
+        // speed).
         asm("vpdpbusd %2, %1, %0" : "+v"(acc[w][v]) : "v"(rows[v]), "v"(query));
       }
     }

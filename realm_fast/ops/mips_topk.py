@@ -79,8 +79,9 @@ def mips_topk(
             take this call.
     """
     check_tensor("queries", queries, shape=["B", "D"], dtypes=FLOAT_DTYPES)
-    same = {"dtypes": [queries.dtype], "device": queries.device}
-    check_tensor("blocks", blocks, shape=["N", queries.shape[1]], **same)
+    check_tensor(
+        "blocks", blocks, shape=["N", queries.shape[1]], dtypes=[queries.dtype], device=queries.device
+    )
     if not isinstance(k, torch.SymInt):
         check_int("k", k, minimum=0)
     if exclude_ids is not None:
@@ -121,8 +122,9 @@ def check_exclude_ids(exclude_ids: Tensor, queries: Tensor) -> Tensor:
     """Returns [B, E], or raises by name."""
     if isinstance(exclude_ids, Tensor) and exclude_ids.dim() == 1:
         exclude_ids = exclude_ids[:, None]
-    shape = [queries.shape[0], "E"]
-    return check_tensor("exclude_ids", exclude_ids, shape=shape, dtypes=ID_DTYPES, device=queries.device)
+    return check_tensor(
+        "exclude_ids", exclude_ids, shape=(queries.shape[0], "E"), dtypes=ID_DTYPES, device=queries.device
+    )
 
 
 def _check_range(exclude_ids: Tensor, num_blocks: int) -> None:
