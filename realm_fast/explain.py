@@ -251,6 +251,6 @@ def format_illustration(shown: dict[str, Any]) -> str:
         lines.append(f"  {token}: {probability:.3f}   best guesses: {guesses}")
     lines += [
         "",
-        "Negative gradient: the step raises the block's score, as it predicted the word better than the rest.",
+        "Negative gradient: the step raises the block's score; it predicted better than the mixture.",
     ]
     return "\n".join(lines)
