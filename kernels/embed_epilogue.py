@@ -369,7 +369,8 @@ def launch(
             hidden, offsets, each, None, None, None, None, pooled, None, None, None, ragged=ragged, mean=mean,
             ln_eps=None, normalize=False, dim=hidden_dim, num_out_rows=rows, config=config,
         )  # fmt: skip
-        hidden = torch.nn.functional.linear(pooled, weight.float())[:, None]  # [R, 1, D]
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = torch.nn.functional.linear(pooled, weight.float())[:, None]  # [R, 1, D]
         offsets, ragged, mean, weight, config = torch.ones_like(each), False, False, None, None
     project = weight is not None
     on_gpu = hidden.is_cuda

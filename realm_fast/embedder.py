@@ -28,6 +28,7 @@ from realm_fast.config import EmbedderConfig
 from realm_fast.encoder import Trunk, load_trunk, trunk_config_dict, trunk_from_config_dict
 from realm_fast.errors import ConfigError
 from realm_fast.model_files import load_module, save_module
+from realm_fast.ops.embed_epilogue import embed_epilogue
 from realm_fast.packing import Row, SpecialTokens, TokenBatch, pad_batch, row_multiple
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class EmbedderSide(nn.Module):
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         if self.pooling == "cls":
-            first = torch.zeros(batch.ids.shape[0], 1, dtype=torch.int64, device=batch.ids.device)
-            pooled = _at_least_float32(self.trunk.states_at(batch, first)[:, 0])  # [R, H]
+            pooled = _at_least_float32(self._first_states(batch)[:, 0])  # [R, H]
         else:
             states = _at_least_float32(self.trunk(batch))  # [R, T, H]
             weights = batch.attention_mask.to(states.dtype)  # [R, T]
@@ -72,6 +72,33 @@ class EmbedderSide(nn.Module):
             if self.norm is not None:
                 embedding = self.norm(embedding)
             return self.dropout(embedding)  # [R, D]
+
+    def rows(self, batch: TokenBatch) -> torch.Tensor:
+        """What `forward` gives in evaluation mode, with all that follows the trunk in one pass; no gradient.
+
+        Returns:
+            [R, D] float32.
+        """
+        states, lengths = (
+            (self._first_states(batch), None)
+            if self.pooling == "cls"
+            else (self.trunk(batch), batch.attention_mask.sum(dim=1))
+        )
+        linear, norm = self.projection, self.norm
+        return embed_epilogue(
+            states,  # [R, 1, H] or [R, T, H]
+            lengths=lengths,
+            pooling=self.pooling,
+            weight=None if linear is None else linear.weight,
+            bias=None if linear is None else linear.bias,
+            ln_eps=None if norm is None else norm.eps,
+            ln_weight=None if norm is None else norm.weight,
+            ln_bias=None if norm is None else norm.bias,
+        ).out
+
+    def _first_states(self, batch: TokenBatch) -> torch.Tensor:
+        first = torch.zeros(batch.ids.shape[0], 1, dtype=torch.int64, device=batch.ids.device)
+        return self.trunk.states_at(batch, first)  # [R, 1, H]
 
 
 class Embedder(nn.Module):
@@ -143,6 +170,14 @@ class Embedder(nn.Module):
             [R, D] float32, under autocast too.
         """
         return self.block_side(batch)
+
+    def block_rows(self, batch: TokenBatch) -> torch.Tensor:
+        """`block_emb` for building an index: in evaluation mode, fused, without a gradient.
+
+        Returns:
+            [R, D] float32; `block_emb` to rounding.
+        """
+        return self.block_side.rows(batch)
 
     def pad(self, rows: Sequence[Row]) -> TokenBatch:
         """Rows as a batch on this embedder's device."""

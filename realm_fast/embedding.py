@@ -115,7 +115,7 @@ def embed_blocks(
             ]
             batch = embedder.pad(inputs)
             with torch.autocast(embedder.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                embeddings = embedder.block_emb(batch)  # [R, D]
+                embeddings = embedder.block_rows(batch)  # [R, D]
             finite = embeddings.isfinite().all(dim=1).cpu()
             if not bool(finite.all()):
                 worst = int(ids[rows[int((~finite).nonzero()[0])]])

@@ -155,3 +155,19 @@ def test_nan_is_reported_with_its_block(store, embedder):
     with pytest.raises(TrainingDivergedError, match=r"the embedding of block (\d+) is NaN") as caught:
         embed_blocks(embedder, store)
     assert int(str(caught.value).split("block ")[1].split()[0]) in holders
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("layers", [{}, {"layer_norm": False}, {"projection": "none", "embedding_dim": 16}])
+def test_the_fused_epilogue_gives_what_the_layers_give(store, pooling, layers):
+    embedder = make_embedder(store, pooling=pooling, **layers).eval()
+    for parameter in embedder.block_side.parameters():  # LayerNorm's ones and zeros would hide a mistake
+        torch.nn.init.normal_(parameter, std=0.3)
+    rows = [block_input(store.title_tokens(i), store.body_tokens(i), embedder.special) for i in range(12)]
+    batch = embedder.pad(rows)
+    with torch.no_grad():
+        expected, got = embedder.block_emb(batch), embedder.block_rows(batch)
+    assert got.shape == expected.shape
+    assert (got - expected).norm(dim=1).max() <= 1e-5 * expected.norm(dim=1).min()
+    with pytest.raises(RuntimeError, match="inference only"):
+        embedder.block_rows(batch)

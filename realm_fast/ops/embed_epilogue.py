@@ -279,12 +279,11 @@ def embed_epilogue_op(
     if row_ids.numel() == 0:
         return
     if impl == "reference":
-        _store_reference(
-            embed_rows_reference(
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = embed_rows_reference(
                 hidden, offsets, ragged, mean, weight, bias, ln_eps, ln_weight, ln_bias, normalize
-            ),
-            row_ids, out, scale, residual_norm, norm,
-        )  # fmt: skip
+            )
+        _store_reference(x, row_ids, out, scale, residual_norm, norm)
         return
     if impl == "triton":
         from realm_fast.kernels import embed_epilogue as kernels

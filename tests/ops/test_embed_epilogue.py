@@ -191,6 +191,13 @@ def test_equals_the_layers_of_an_embedder():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+def test_autocast_does_not_reach_inside(impl):
+    call = make_call([5, 2, 9], 40, 260, pooling="mean")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_right(embed_epilogue(**call, impl=impl).out, call)
+
+
 # --------------------------------------------------------------------------------------------- storing
 
 
