@@ -8,6 +8,7 @@ from realm_fast.errors import MissingDependencyError
 BENCHMARKS = {
     "roofline": ["roofline"],
     "mips": ["bench_mips_topk"],
+    "epilogue": ["bench_embed_epilogue"],
     "marginal": ["bench_marginal_lse", "bench_linear_marginal_ce"],
 }
 

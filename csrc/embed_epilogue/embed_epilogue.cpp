@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "core/cpu.h"
 #include "core/parallel.h"
@@ -34,6 +35,27 @@ int64_t work(const EmbedEpilogue& a) {
 }
 
 }  // namespace
+
+EpilogueCheck check_epilogue(const int64_t* offsets, bool ragged, int64_t limit, const int64_t* row_ids,
+                             int64_t num_rows, int64_t num_out_rows) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int64_t begin = ragged ? offsets[i] : 0, end = ragged ? offsets[i + 1] : offsets[i];
+    if (begin < 0 || begin > limit || end > limit)
+      return {EpilogueFault::kOutside, i, begin < 0 ? begin : end};
+    if (end <= begin) return {EpilogueFault::kNoTokens, i, end - begin};
+  }
+  bool ascending = true;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (row_ids[i] < 0 || row_ids[i] >= num_out_rows) return {EpilogueFault::kNoSuchRow, i, row_ids[i]};
+    ascending = ascending && (i == 0 || row_ids[i - 1] < row_ids[i]);
+  }
+  if (ascending) return {};
+  std::vector<int64_t> sorted(row_ids, row_ids + num_rows);
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice != sorted.end()) return {EpilogueFault::kRowTwice, 0, *twice};
+  return {};
+}
 
 void embed_epilogue_cpu(const EmbedEpilogue& args, int num_threads) {
   if (args.num_rows == 0) return;

@@ -57,6 +57,22 @@ struct EmbedEpilogue {
 
 void embed_epilogue_cpu(const EmbedEpilogue& args, int num_threads);
 
+// What is wrong with the offsets or the row ids: the first of these that holds, and where.
+enum class EpilogueFault : int {
+  kNone = 0,
+  kNoTokens = 1,   // block `index` has `value` tokens, fewer than one
+  kOutside = 2,    // block `index` has tokens before 0 or from `limit` on; `value` is its last offset
+  kNoSuchRow = 3,  // row_ids[index] = value is not in [0, num_out_rows)
+  kRowTwice = 4,   // row `value` is named more than once
+};
+struct EpilogueCheck {
+  EpilogueFault fault = EpilogueFault::kNone;
+  int64_t index = 0, value = 0;
+};
+// limit: tokens of a ragged `hidden`, or of a padded row.
+EpilogueCheck check_epilogue(const int64_t* offsets, bool ragged, int64_t limit, const int64_t* row_ids,
+                             int64_t num_rows, int64_t num_out_rows);
+
 // What a level provides: rows [begin, end), at most kEpilogueTileRows of them.
 using EpilogueRows = void (*)(const EmbedEpilogue& args, int64_t begin, int64_t end, float* scratch);
 constexpr int64_t kEpilogueTileRows = 16;

@@ -8,6 +8,13 @@ namespace realm_fast {
 
 void bind_embed_epilogue(py::module_& m) {
   using P = uintptr_t;
+  m.def("embed_epilogue_check",
+        [](P offsets, bool ragged, int64_t limit, P row_ids, int64_t num_rows, int64_t num_out_rows) {
+          const EpilogueCheck found =
+              check_epilogue(reinterpret_cast<const int64_t*>(offsets), ragged, limit,
+                             reinterpret_cast<const int64_t*>(row_ids), num_rows, num_out_rows);
+          return py::make_tuple(static_cast<int>(found.fault), found.index, found.value);
+        });
   m.def(
       "embed_epilogue_cpu",
       [](P hidden, int hidden_type, P offsets, bool ragged, int64_t num_rows, int64_t block_stride,

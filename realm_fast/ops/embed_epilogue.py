@@ -169,7 +169,10 @@ def embed_epilogue(
             "reference": lambda: None,
         },
     )
-    embed_epilogue_op(
+    # Dispatching costs as much as a small pack: what nobody traces is called straight.
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    run = embed_epilogue_op if traced or type(hidden) is not Tensor else _run
+    run(
         hidden, offsets, row_ids, weight, bias, ln_weight, ln_bias, out, scale, residual_norm, norm,
         cu_seqlens is not None, pooling == "mean", ln_eps, normalize, chosen,
     )  # fmt: skip
@@ -253,8 +256,7 @@ def triton_reason(hidden: Tensor, dim: int, *, projected: bool) -> str | None:
     return None
 
 
-@torch.library.custom_op("realm_fast::embed_epilogue", mutates_args=("out", "scale", "residual_norm", "norm"))
-def embed_epilogue_op(
+def _run(
     hidden: Tensor,
     offsets: Tensor,
     row_ids: Tensor,
@@ -275,9 +277,11 @@ def embed_epilogue_op(
     dim = hidden.shape[-1] if weight is None else weight.shape[0]
     num_out_rows = out.shape[0] * (1 if out.dim() == 2 else out.shape[2])
     if hidden.is_cpu:  # on a GPU looking at values would stop the stream
+        offsets, row_ids = offsets.to(torch.int64).contiguous(), row_ids.contiguous()
         _check_values(hidden, offsets, row_ids, num_out_rows, ragged)
     if row_ids.numel() == 0:
         return
+    torch.autograd.graph.increment_version([t for t in (out, scale, residual_norm, norm) if t is not None])
     if impl == "reference":
         with torch.autocast(hidden.device.type, enabled=False):
             x = embed_rows_reference(
@@ -293,7 +297,6 @@ def embed_epilogue_op(
             ragged=ragged, mean=mean, ln_eps=ln_eps, normalize=normalize, dim=dim, num_out_rows=num_out_rows,
         )  # fmt: skip
         return
-    offsets, row_ids = offsets.to(torch.int64).contiguous(), row_ids.contiguous()
     # Kept alive until the call returns; copies only where a parameter is not float32 already.
     parameters = [None if p is None else p.float().contiguous() for p in (weight, bias, ln_weight, ln_bias)]
     w, b, g, c = (0 if p is None else p.data_ptr() for p in parameters)
@@ -326,6 +329,11 @@ def embed_epilogue_op(
         norm=0 if norm is None else norm.data_ptr(),
         num_threads=torch.get_num_threads(),
     )
+
+
+embed_epilogue_op = torch.library.custom_op(
+    "realm_fast::embed_epilogue", _run, mutates_args=("out", "scale", "residual_norm", "norm")
+)
 
 
 @embed_epilogue_op.register_fake
@@ -421,22 +429,16 @@ def _check_per_row(name: str, value: Tensor | None, rows: int, device: torch.dev
 
 
 def _check_values(hidden: Tensor, offsets: Tensor, row_ids: Tensor, num_out_rows: int, ragged: bool) -> None:
-    counts = offsets.diff() if ragged else offsets
+    limit = hidden.shape[0] if ragged else hidden.shape[1]
+    fault, index, value = _native.embed_epilogue_check(
+        offsets.data_ptr(), ragged, limit, row_ids.data_ptr(), row_ids.numel(), num_out_rows
+    )
     name = "cu_seqlens" if ragged else "lengths"
-    if counts.numel():
-        shortest, longest = (int(v) for v in torch.aminmax(counts))
-        if shortest < 1:
-            block = int(counts.argmin())
-            raise ValueError(f"{name}: expected at least one token a block, got {shortest} for block {block}")
-        most = hidden.shape[0] if ragged else hidden.shape[1]
-        if (int(offsets[0]) < 0 or int(offsets[-1]) > most) if ragged else longest > most:
-            found = f"{int(offsets.min())} ... {int(offsets.max())}"
-            raise ValueError(f"{name}: expected tokens within hidden {list(hidden.shape)}, got {found}")
-    if row_ids.numel():
-        lowest, highest = (int(v) for v in torch.aminmax(row_ids))
-        if lowest < 0 or highest >= num_out_rows:
-            raise ValueError(f"row_ids: expected 0 <= row < {num_out_rows}, got {lowest} ... {highest}")
-        ordered = row_ids.sort().values
-        twice = ordered[1:][ordered[1:] == ordered[:-1]]
-        if twice.numel():
-            raise ValueError(f"row_ids: expected different rows, got {int(twice[0])} twice")
+    if fault == 1:
+        raise ValueError(f"{name}: expected at least one token a block, got {value} for block {index}")
+    if fault == 2:
+        raise ValueError(f"{name}: expected tokens within [0, {limit}], got {value} for block {index}")
+    if fault == 3:
+        raise ValueError(f"row_ids: expected 0 <= row < {num_out_rows}, got {value} for block {index}")
+    if fault == 4:
+        raise ValueError(f"row_ids: expected different rows, got {value} twice")
