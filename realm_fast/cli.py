@@ -20,6 +20,7 @@ from realm_fast.errors import Interrupted, RealmFastError, UserError
 
 if TYPE_CHECKING:
     from realm_fast.config import Config
+    from realm_fast.run_folder import RunFolder
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -147,7 +148,10 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, help="short for --set pretrain.steps=…")
 
     sub = add("finetune", _finetune, "fine-tune retriever and span reader on questions", with_settings=True)
-    sub.add_argument("run", metavar="RUN")
+    sub.add_argument(
+        "run", metavar="RUN", help="a run; made, from the warm start alone, if it does not exist"
+    )
+    sub.add_argument("--corpus", metavar="CORPUS", help="a token store (needed for a new run)")
     sub.add_argument("--questions", help="short for --set finetune.questions=…: packaged names or files")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
 
@@ -156,6 +160,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("run", metavar="RUN")
     sub.add_argument("--questions", help="short for --set evaluate.questions=…: packaged names or files")
+    sub.add_argument(
+        "--before", action="store_true", help="also measure the retriever that fine-tuning started from"
+    )
 
     sub = add("ask", _ask, "answer one question from a run, with evidence")
     sub.add_argument("run", metavar="RUN")
@@ -304,10 +311,10 @@ def _search(arguments: argparse.Namespace) -> None:
         print(f"{rank:>2}. {hit.score:9.4f}  block {hit.block_id}  {hit.title}\n    {hit.text}")
 
 
-def _pretrain(arguments: argparse.Namespace) -> None:
+def _open_run(arguments: argparse.Namespace, **short: object) -> "tuple[RunFolder, Config]":
+    """The run, made from --corpus if it does not exist yet, and its settings with what the options change."""
     from realm_fast.run_folder import RunFolder
     from realm_fast.token_store import TokenStore
-    from realm_fast.train import pretrain
 
     path = Path(arguments.run)
     exists = (path / "run.json").exists()
@@ -315,20 +322,22 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"{path} does not exist yet: a new run needs --corpus CORPUS (see `realm-fast corpus build`)."
         )
-    config = _load_config(
-        arguments, RunFolder(path).config() if exists else None, pretrain__steps=arguments.steps
-    )
+    config = _load_config(arguments, RunFolder(path).config() if exists else None, **short)
     store = TokenStore.open(arguments.corpus) if arguments.corpus else RunFolder(path).store()
-    run = RunFolder.open_or_create(path, config, store)
+    return RunFolder.open_or_create(path, config, store), config
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from realm_fast.train import pretrain
+
+    run, config = _open_run(arguments, pretrain__steps=arguments.steps)
     pretrain(run, config, resume=arguments.resume, progress=True)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
     from realm_fast.finetune import finetune
-    from realm_fast.run_folder import RunFolder
 
-    run = RunFolder(arguments.run)
-    config = _load_config(arguments, run.config(), finetune__questions=arguments.questions)
+    run, config = _open_run(arguments, finetune__questions=arguments.questions)
     finetune(run, config, resume=arguments.resume, progress=True)
 
 
@@ -338,7 +347,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     run = RunFolder(arguments.run)
     config = _load_config(arguments, run.config(), evaluate__questions=arguments.questions)
-    evaluate(run, config, progress=True)
+    evaluate(run, config, before=arguments.before, progress=True)
 
 
 def _ask(arguments: argparse.Namespace) -> None:

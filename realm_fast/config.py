@@ -138,7 +138,7 @@ class FinetuneConfig:
     questions: str = setting(
         "nq.dev,trivia.dev", "question sets to train on: packaged names or files, comma-separated"
     )
-    limit_questions: int = setting(0, "use only this many (0: all)", minimum=0)
+    limit_questions: int = setting(0, "of each set (0: all)", minimum=0)
     steps: int = setting(1000, "optimizer steps", minimum=1)
     batch_questions: int = setting(8, "questions in one step", minimum=1)
     retriever_beam: int = setting(100, "blocks in the retriever's loss (published: 5000)", minimum=1)

@@ -57,7 +57,11 @@ def demo_stages(out: Path, config: Path, overrides: Sequence[str]) -> list[Stage
             ("finetune", str(run), *settings),
             resume_if=run / "finetune" / "checkpoints" / "latest.json",
         ),
-        Stage("evaluate", "exact match, F1, recall on test questions", ("evaluate", str(run), *settings)),
+        Stage(
+            "evaluate",
+            "exact match, F1, recall on test questions",
+            ("evaluate", str(run), "--before", *settings),
+        ),
         Stage("ask", "one question, answered with evidence", ("ask", str(run), QUESTION)),
         Stage("report", "one page that shows it all", ("report", str(run))),
     ]

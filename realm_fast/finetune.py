@@ -143,6 +143,7 @@ def finetune(
             return trainer.result(None)
         with run.stage("finetune") as details:
             trainer = job()
+            run.save_config(config)
             first = trainer.step
             result = trainer.train(progress=progress)
             details |= {

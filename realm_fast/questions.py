@@ -540,6 +540,7 @@ def _import_bm25s() -> Any:
         raise MissingDependencyError(
             "finding the reachable questions needs bm25s: pip install 'realm_fast[eval]'"
         ) from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it announces every index on the terminal
     return bm25s
 
 

@@ -39,7 +39,7 @@ class RunFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise DataError(
-                f"{self.path}: no such run folder. `realm-fast pretrain --run {self.path}` makes one."
+                f"{self.path}: no such run folder. `realm-fast pretrain {self.path} --corpus CORPUS` makes one."
             )
         if not self.manifest_path.is_file():
             raise DataError(f"{self.path}: not a run folder (run.json is missing).")
@@ -81,7 +81,6 @@ class RunFolder:
         if (Path(path) / "run.json").exists():
             run = cls(path)
             run.check_store(store)
-            write_json(run.path / "config.json", config.to_dict())
             return run
         return cls.create(path, config, store)
 
@@ -112,6 +111,10 @@ class RunFolder:
     def config(self) -> Config:
         where = self.path / "config.json"
         return Config.from_dict(read_json(where, "the run's configuration"), where=str(where))
+
+    def save_config(self, config: Config) -> None:
+        """Makes `config` the run's own; a stage does so once it has accepted it."""
+        write_json(self.path / "config.json", config.to_dict())
 
     def store(self) -> TokenStore:
         """The token store the run was made from; refused if it has changed since."""

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 
 from realm_fast.checkpoint import (
@@ -41,6 +40,7 @@ from realm_fast.optim import (
     clip_gradients,
     pretrain_warmup_steps,
     set_learning_rates,
+    step_seed,
 )
 from realm_fast.probe import Probe
 from realm_fast.progress import bar
@@ -58,11 +58,6 @@ from realm_fast.snapshot import (
 
 WAIT_POLL_S = 0.02
 log = logging.getLogger(__name__)
-
-
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """The seed of everything torch draws in one step (dropout)."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def pretrain(run: RunFolder, config: Config, *, resume: bool = False, progress: bool = False) -> None:
@@ -173,6 +168,7 @@ class Pretrainer:
         self.refresher = make_refresher(self.task, work_dir=self.folder / "refresher")
         if checkpoint is not None and config.refresh.mode in ("thread", "process"):
             self.refresher.submit(self.step, self.model.embedder)  # what was on its way when the run stopped
+        run.save_config(config)
         self.probe = Probe(run, config, self.model, self.store, held_out, progress=progress)
 
     # --- the loop -----------------------------------------------------------------------------------------
@@ -269,7 +265,7 @@ class Pretrainer:
 
     def _load_model(self, checkpoint: Checkpoint | None) -> RealmModel:
         settings = self.config.pretrain
-        torch.manual_seed(self.config.seed)  # new layers are a function of it
+        torch.manual_seed(step_seed(self.config.seed, 0))  # new layers are a function of the seed
         if checkpoint is None:
             tokenizer = self.store.tokenizer()
             embedder = Embedder.from_config(self.config.embedder, tokenizer)

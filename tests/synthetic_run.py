@@ -6,7 +6,7 @@ The texts are true sentences; every number is invented, but consistent: the marg
 parts, responsibilities are posteriors, gradients are p(z|x) less the responsibility.
 """
 
-# ruff: noqa: E501 (tables of text and numbers, a row a line)
+
 import json
 import math
 import random

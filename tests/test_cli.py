@@ -189,7 +189,8 @@ def test_building_again_changes_nothing(world, capsys, data_dir):
         (["pretrain", "{world}/run", "--set", "pretrain.stepz=3"], "did you mean 'pretrain.steps'"),
         (["pretrain", "{world}/run", "--resume", "--steps", "9"], "pretrain.steps: the checkpoint has 4, now it is 9"),
         (["pretrain", "{tmp}/new", "--corpus", "{world}/corpus", "--set", "pretrain.num_candidates=0"], "expected a value >= 1"),
-        (["finetune", "{tmp}/none"], "no such run folder"),
+        (["finetune", "{tmp}/none"], "a new run needs --corpus"),
+        (["evaluate", "{tmp}/none"], "no such run folder"),
         (["evaluate", "{world}/run", "--questions", "{tmp}/none.jsonl"], "none.jsonl"),
         (["ask", "{world}/run", "   "], "it has no words"),
         (["explain", "{world}/run", "no mask here"], "expected a [MASK]"),
@@ -205,6 +206,13 @@ def test_users_mistakes_end_with_2_a_clear_message_and_no_traceback(
     assert message in err
     assert "Traceback" not in err
     assert "Traceback" in output_of(capsys, *command, "--debug")[2]
+
+
+def test_a_refused_setting_does_not_become_the_runs_own(world, capsys):
+    before = (world / "run" / "config.json").read_text()
+    code, _, err = output_of(capsys, "pretrain", world / "run", "--resume", "--steps", "9")
+    assert code == 2, err
+    assert (world / "run" / "config.json").read_text() == before
 
 
 def all_parsers(parser, words=()):

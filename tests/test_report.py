@@ -1,6 +1,6 @@
 """realm_fast.report: the page says what the run's files say, escapes them, and does without missing ones."""
 
-# ruff: noqa: E501 (tables of cases, a case a line)
+
 
 import base64
 import hashlib

@@ -1,6 +1,6 @@
 """realm_fast.report.charts: values land where they belong, whatever the values are."""
 
-# ruff: noqa: E501 (tables of cases, a case a line)
+
 
 import json
 import math

@@ -16,9 +16,10 @@ from realm_fast.checkpoint import checkpoint_steps, newest_checkpoint
 from realm_fast.config import apply_overrides
 from realm_fast.errors import ConfigError, DataError, ProvenanceError, TrainingDivergedError, UserError
 from realm_fast.metrics import read_jsonl, read_metrics
+from realm_fast.optim import step_seed
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import list_snapshots
-from realm_fast.train import Pretrainer, pretrain, step_seed
+from realm_fast.train import Pretrainer, pretrain
 from tests import qa_world
 
 STEPS = 12
