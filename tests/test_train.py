@@ -130,10 +130,10 @@ def test_resuming_after_an_interruption_takes_the_same_steps(tmp_path, store, fi
     trainer = Pretrainer(run, config, resume=False, progress=False)
     real = trainer._forward_backward
 
-    def forward_backward(step):
+    def forward_backward(step, *, with_accuracy):
         if step > interrupted_at:
             raise Stop
-        return real(step)
+        return real(step, with_accuracy=with_accuracy)
 
     trainer._forward_backward = forward_backward
     with pytest.raises(Stop):
@@ -242,7 +242,7 @@ def test_accumulated_batches_give_the_gradient_of_one_large_batch(tmp_path, stor
         )  # fmt: skip
         trainer = Pretrainer(run, config, resume=False, progress=False)
         trainer.model.eval()  # dropout would differ
-        trainer._forward_backward(1)
+        trainer._forward_backward(1, with_accuracy=False)
         gradients.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
         trainer.close()
     for one, four in zip(*gradients, strict=True):
@@ -295,11 +295,11 @@ def test_nan_is_reported_and_the_checkpoint_survives(tmp_path, store):
     trainer = Pretrainer(run, config, resume=False, progress=False)
     real = trainer._forward_backward
 
-    def forward_backward(step):
+    def forward_backward(step, *, with_accuracy):
         if step == 5:
             with torch.no_grad():
                 trainer.model.reader.vocab_bias.fill_(torch.nan)
-        return real(step)
+        return real(step, with_accuracy=with_accuracy)
 
     trainer._forward_backward = forward_backward
     with pytest.raises(TrainingDivergedError, match="step 5"):
