@@ -47,8 +47,8 @@ struct Kernels {
   void (*scan_int8)(const ScanRun&);
   int bfloat16_query_step_bytes;  // 4: pairs of bfloat16; 8: the same values as pairs of float32
   int int8_query_step_bytes;      // 4: four int8; 8: the same values as four int16
-  // Writes one float32 panel from 48 row pointers.
-  void (*pack_float32)(const float* const* rows, int64_t dim, float* panel);
+  // Writes one float32 panel from 48 row pointers; meanwhile prefetches what lies `ahead` floats behind each.
+  void (*pack_float32)(const float* const* rows, int64_t dim, int64_t ahead, float* panel);
 };
 
 const Kernels& generic_kernels();

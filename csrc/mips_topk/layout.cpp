@@ -208,7 +208,8 @@ void store_rows(Dtype dtype, int64_t dim, const MutableSlab& slab, const int64_t
     if (dtype == Dtype::float32 && end - begin == kPanelRows) {
       const float* pointers[kPanelRows];
       for (int i = 0; i < kPanelRows; ++i) pointers[i] = values + (begin - first_row + i) * stride;
-      kernels->pack_float32(pointers, dim, static_cast<float*>(slab.panels) + panel * dim * kPanelRows);
+      kernels->pack_float32(pointers, dim, kPanelRows * stride,
+                            static_cast<float*>(slab.panels) + panel * dim * kPanelRows);
       std::fill(irregular + (begin - first_row), irregular + (end - first_row), uint8_t{0});
       return;
     }

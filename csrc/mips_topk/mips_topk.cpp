@@ -294,13 +294,13 @@ class RowPacker {
         rows[i] = out;
       }
     }
-    return pack(rows);
+    return pack(rows, matrix.type == RowType::float32 ? kPanelRows * matrix.row_stride : 0);
   }
 
   // Missing rows are null.
-  const float* pack(const float* (&rows)[kPanelRows]) {
+  const float* pack(const float* (&rows)[kPanelRows], int64_t ahead = 0) {
     for (const float*& row : rows) row = row == nullptr ? nan_.data() : row;
-    kernels_.pack_float32(rows, dim_, panel_.data);
+    kernels_.pack_float32(rows, dim_, ahead, panel_.data);
     return panel_.data;
   }
 

@@ -215,10 +215,14 @@ void scan_float32(const ScanRun& run) { scan<Float32Op>(run); }
 void scan_bfloat16(const ScanRun& run) { scan<Bfloat16Op>(run); }
 void scan_int8(const ScanRun& run) { scan<Int8Op>(run); }
 
-[[gnu::always_inline]] inline void transpose_8x8(const float* const* rows, int64_t column, float* out) {
+[[gnu::always_inline]] inline void transpose_8x8(const float* const* rows, int64_t column, int64_t ahead,
+                                                 float* out) {
   __m256 a[8], b[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(rows[i] + column);
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm256_loadu_ps(rows[i] + column);
+    if (ahead != 0) _mm_prefetch((const char*)(rows[i] + column + ahead), _MM_HINT_T0);
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
@@ -238,10 +242,10 @@ void scan_int8(const ScanRun& run) { scan<Int8Op>(run); }
   }
 }
 
-void pack_float32(const float* const* rows, int64_t dim, float* panel) {
+void pack_float32(const float* const* rows, int64_t dim, int64_t ahead, float* panel) {
   for (int r = 0; r < kPanelRows; r += 8) {
     int64_t d = 0;
-    for (; d + 8 <= dim; d += 8) transpose_8x8(rows + r, d, panel + d * kPanelRows + r);
+    for (; d + 8 <= dim; d += 8) transpose_8x8(rows + r, d, ahead, panel + d * kPanelRows + r);
     for (; d < dim; ++d) {
       for (int i = 0; i < 8; ++i) panel[d * kPanelRows + r + i] = rows[r + i][d];
     }

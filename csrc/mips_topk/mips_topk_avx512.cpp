@@ -63,10 +63,14 @@ void scan_float32(const ScanRun& run) { scan<Float32Op>(run); }
 void scan_bfloat16(const ScanRun& run) { scan<DecodeBfloat16Op>(run); }
 
 // 16 rows of 16 floats, transposed in registers.
-[[gnu::always_inline]] inline void transpose_16x16(const float* const* rows, int64_t column, float* out) {
+[[gnu::always_inline]] inline void transpose_16x16(const float* const* rows, int64_t column, int64_t ahead,
+                                                   float* out) {
   __m512 a[16], b[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(rows[i] + column);
+  for (int i = 0; i < 16; ++i) {
+    a[i] = _mm512_loadu_ps(rows[i] + column);
+    if (ahead != 0) _mm_prefetch((const char*)(rows[i] + column + ahead), _MM_HINT_T0);
+  }
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
     b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
@@ -95,10 +99,10 @@ void scan_bfloat16(const ScanRun& run) { scan<DecodeBfloat16Op>(run); }
   }
 }
 
-void pack_float32(const float* const* rows, int64_t dim, float* panel) {
+void pack_float32(const float* const* rows, int64_t dim, int64_t ahead, float* panel) {
   for (int r = 0; r < kPanelRows; r += 16) {
     int64_t d = 0;
-    for (; d + 16 <= dim; d += 16) transpose_16x16(rows + r, d, panel + d * kPanelRows + r);
+    for (; d + 16 <= dim; d += 16) transpose_16x16(rows + r, d, ahead, panel + d * kPanelRows + r);
     for (; d < dim; ++d) {
       for (int i = 0; i < 16; ++i) panel[d * kPanelRows + r + i] = rows[r + i][d];
     }

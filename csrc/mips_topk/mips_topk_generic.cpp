@@ -93,7 +93,7 @@ void scan(const ScanRun& run) {
   }
 }
 
-void pack_float32(const float* const* rows, int64_t dim, float* panel) {
+void pack_float32(const float* const* rows, int64_t dim, int64_t, float* panel) {
   constexpr int64_t kColumns = 16;  // a cache line of each row at a time
   for (int64_t first = 0; first < dim; first += kColumns) {
     const int64_t end = first + kColumns < dim ? first + kColumns : dim;
