@@ -32,7 +32,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // thresholds start here: > -inf passes
 constexpr int64_t kQueriesPerPass = 1024;
 constexpr int64_t kReservoirBytes = int64_t{1} << 29;  // all workers together
-constexpr int64_t kCandidateBudget = 4096;
+constexpr int64_t kCandidateBudget = 2048;
 constexpr double kUnit = 0x1p-24;  // half the distance from 1 to the next float32
 
 // Flush-to-zero and rounding modes are per thread: what the caller's thread has set must not decide the bits.

@@ -1,7 +1,9 @@
 """mips_topk: values against float64, ties, edges, determinism, gradients, registration, bad input."""
 
+import mmap
 import pickle
 import signal
+import sys
 import threading
 import time
 
@@ -118,6 +120,19 @@ def test_rows_beyond_one_segment_are_merged(level):
             scores.data_ptr(), ids.data_ptr(), max_segment_rows=segment_rows,
         )  # fmt: skip
         assert torch.equal(ids, expected.ids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is only promised")
+def test_offsets_beyond_2_to_the_31(level):
+    """Rows four million bytes apart: 2,500 of them span 10 GB, of which one page a row is ever touched."""
+    no_reserve = 0x4000  # Linux's MAP_NORESERVE, which Python 3.11 does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, 2500 << 22, flags=flags)
+    blocks = torch.frombuffer(memory, dtype=torch.float32).as_strided((2500, 4), (1 << 20, 1))
+    blocks[2400:] = make_embeddings("normal", 100, 4, 0)
+    queries = make_embeddings("normal", 3, 4, 1)
+    assert 2400 << 20 > 2**31
+    assert same(mips_topk(queries, blocks, 9), mips_topk(queries, blocks.clone(), 9))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
