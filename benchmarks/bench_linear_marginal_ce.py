@@ -4,12 +4,12 @@
 
 Peers, each followed by the same logsumexp marginal: eager torch, torch.compile of the same, torch's
 F.linear_cross_entropy without and with its chunking options (torch >= 2.13), and cut-cross-entropy's
-torch_compile path (which takes no bias and is run without one). Values and gradients of every implementation are
-checked against float64 before anything is timed. Implementations take turns inside every repetition, so that
-a busy machine is busy for all; figures are medians with the quartiles beside them.
+torch_compile path (which takes no bias and is run without one). Values and gradients of each are
+checked against float64 before anything is timed. Implementations take turns inside every repetition, so
+that a busy machine is busy for all; figures are medians with the range beside them.
 
-Peak extra memory is what the process grows by beyond what it held before the call and beyond the gradients it must
-return (Linux's VmHWM, reset before the call), in a process that has run the same call once before.
+Peak extra memory is what the process grows by beyond what it held before the call and beyond the gradients
+it must return (Linux's VmHWM, reset before the call), in a process that has run the same call once before.
 """
 
 import argparse
@@ -33,8 +33,10 @@ import torch.nn.functional as F
 import realm_fast as rf
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MEMORY_SHAPES = {(128, 30522), (768, 30522), (384, 250002)}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 OURS = "realm_fast"
+SETTLE_SECONDS = 0.03  # OpenMP threads of the call before spin for a while after it
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def ours(**options) -> Callable[..., torch.Tensor]:
 
 def implementations() -> dict[str, Callable[..., torch.Tensor]]:
     """Every implementation this environment has; what is missing is said on stderr."""
-    found = {OURS: ours(), "realm_fast blas": ours(impl="blas"), "eager": eager}
+    found = {OURS: ours(), "eager": eager}
     found["torch.compile"] = compiled()
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = linear_cross_entropy(None)
@@ -171,7 +173,7 @@ def without_backward(run: Callable[..., torch.Tensor], inputs) -> Callable[[], t
 
 
 def check_values(case: Case, runs: dict[str, Callable[..., torch.Tensor]]) -> dict[str, dict[str, float]]:
-    """Largest error, relative to the largest value, of loss and gradients against float64; raises if one is wrong."""
+    """Largest error, relative to the largest value, of loss and gradients; raises if one is wrong."""
     small = Case(case.width, case.vocab, case.dtype, batch=2)
     exact, inputs = make_inputs(small, torch.float64), make_inputs(small)
     names = ("loss", "hidden", "weight", "scores", "bias")
@@ -194,13 +196,19 @@ def check_values(case: Case, runs: dict[str, Callable[..., torch.Tensor]]) -> di
     return errors
 
 
-def time_together(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call; the calls take turns. One untimed call each comes first."""
+def time_together(
+    calls: dict[str, Callable[[], object]], budget_seconds: float, least: int = 2, most: int = 15
+) -> dict[str, list[float]]:
+    """Seconds of each call; the calls take turns until the budget is used. An untimed round comes first."""
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    end = time.perf_counter() + budget_seconds
+    for turn in range(most):
+        if turn >= least and time.perf_counter() > end:
+            break
         for name, call in calls.items():
+            time.sleep(SETTLE_SECONDS)
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
@@ -277,14 +285,15 @@ def cases(quick: bool) -> list[Case]:
     ]
 
 
-def run_case(case: Case, backward: bool, runs, repeats: int, memory: bool) -> list[dict[str, object]]:
+def run_case(
+    case: Case, backward: bool, runs, budget_seconds: float, memory: bool
+) -> list[dict[str, object]]:
     inputs = make_inputs(case)
     make = with_backward if backward else without_backward
-    seconds = time_together({name: make(run, inputs) for name, run in runs.items()}, repeats)
+    seconds = time_together({name: make(run, inputs) for name, run in runs.items()}, budget_seconds)
     own = statistics.median(seconds[OURS])
     rows = []
     for name, values in seconds.items():
-        quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
         median = statistics.median(values)
         peak = peak_in_new_process(name, case, backward) if memory else None
         rows.append(
@@ -293,7 +302,8 @@ def run_case(case: Case, backward: bool, runs, repeats: int, memory: bool) -> li
                 "pass": "forward+backward" if backward else "forward",
                 "implementation": name,
                 "median_ms": median * 1e3,
-                "quartiles_ms": [quartiles[0] * 1e3, quartiles[2] * 1e3],
+                "range_ms": [min(values) * 1e3, max(values) * 1e3],
+                "repeats": len(values),
                 "gflops": case.flops(backward) / median / 1e9,
                 "times_ours": median / own,
                 "peak_extra_bytes": peak,
@@ -308,9 +318,9 @@ def print_rows(rows: list[dict[str, object]]) -> None:
         f"\n{first['pass']}, {first['dtype']}, B={first['batch']} K={first['candidates']} "
         f"M={first['positions']} H={first['width']} V={first['vocab']}"
     )
-    print(f"  {'':32}{'ms (quartiles)':>26}{'GFLOP/s':>9}{'x ours':>8}{'peak extra MB':>15}")
+    print(f"  {'':32}{'ms (range)':>26}{'GFLOP/s':>9}{'x ours':>8}{'peak extra MB':>15}")
     for row in rows:
-        low, high = row["quartiles_ms"]
+        low, high = row["range_ms"]
         span = f"{row['median_ms']:.1f} ({low:.1f}-{high:.1f})"
         peak = "-" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 1e6:.1f}"
         print(
@@ -327,32 +337,40 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if row["pass"] == "forward+backward"]
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    labels = list(dict.fromkeys(f"{r['dtype']}\nH={r['width']}\nV={r['vocab'] // 1000}k" for r in rows))
-    figure, axes = plt.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
-    for axis, key, title in (
-        (axes[0], "times_ours", "time of forward+backward, realm_fast = 1"),
-        (axes[1], "peak_extra_bytes", "peak extra memory, MB (log)"),
-    ):
-        for i, name in enumerate(names):
-            values = [row[key] or 0 for row in rows if row["implementation"] == name]
-            values = [v / 1e6 for v in values] if key == "peak_extra_bytes" else values
-            places = [x + (i - len(names) / 2) * 0.8 / len(names) for x in range(len(values))]
-            axis.bar(places, values, 0.8 / len(names), label=name)
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.grid(axis="y", alpha=0.3)
+    measured = [row for row in rows if row["peak_extra_bytes"] is not None]
+    figure, axes = plt.subplots(2, 1, figsize=(11, 7.5), layout="constrained")
+    _bars(axes[0], rows, lambda row: row["times_ours"], "time of forward+backward, realm_fast = 1")
+    _bars(axes[1], measured, lambda row: row["peak_extra_bytes"] / 1e6, "peak extra memory, MB")
     axes[1].set_yscale("log")
-    axes[1].set_xticks(range(len(labels)), labels, fontsize=8)
     axes[0].legend(fontsize=8, ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def _bars(axis, rows, value_of, title: str) -> None:
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    labels = list(dict.fromkeys(f"{r['dtype']}\nH={r['width']}\nV={r['vocab'] // 1000}k" for r in rows))
+    for i, name in enumerate(names):
+        values = [value_of(row) for row in rows if row["implementation"] == name]
+        places = [x + (i - len(names) / 2) * 0.8 / len(names) for x in range(len(values))]
+        axis.bar(places, values, 0.8 / len(names), label=name)
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_xticks(range(len(labels)), labels, fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
+
+
+def test_linear_marginal_ce(benchmark):
+    """For pytest-benchmark: forward and backward of one small case."""
+    case = Case(128, 30522, "f32", batch=2)
+    check_values(case, {OURS: ours()})
+    benchmark(with_backward(ours(), make_inputs(case)))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench_linear_marginal_ce", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes, about a minute")
-    parser.add_argument("--repeats", type=int, default=0, help="timed calls of each (0: by size)")
+    parser.add_argument("--seconds", type=float, default=0, help="for each case and pass (0: 15; quick: 5)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's default)")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/...; quick: none)")
@@ -372,12 +390,11 @@ def main(argv: list[str] | None = None) -> None:
         errors = check_values(case, runs)
         worst = {name: max(values.values()) for name, values in errors.items()}
         print(f"\nchecked against float64: {', '.join(f'{n} {e:.1e}' for n, e in worst.items())}", flush=True)
-        large = case.vocab > 100_000
-        repeats = options.repeats or (3 if large else 5)
-        # Memory is the same story at every width; the smallest and the large vocabulary's middle tell it.
-        memory = not options.no_memory
+        seconds = options.seconds or (5 if options.quick else 15)
+        # A process for each figure takes long; these widths show what memory grows with.
+        memory = not options.no_memory and (case.width, case.vocab) in MEMORY_SHAPES
         for backward in (False, True):
-            rows += run_case(case, backward, runs, repeats, memory and backward)
+            rows += run_case(case, backward, runs, seconds, memory and backward)
             print_rows(rows[-len(runs) :])
     stem = f"linear_marginal_ce-{machine()['cpu'].replace(' ', '-')}-{os.cpu_count()}c-{date.today()}"
     out = options.out or (None if options.quick else RESULTS / f"{stem}.json")

@@ -74,6 +74,10 @@ REALM_FAST_INLINE T* part(const LinearGoldPlan& plan, int64_t offset) {
 }
 
 REALM_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+REALM_FAST_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+REALM_FAST_INLINE int64_t element_bytes(int dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
+}
 
 // ---- elements in and out
 // -------------------------------------------------------------------------------------
@@ -389,9 +393,14 @@ void forward_slice(const LinearGoldPlan& plan, int64_t slice, int worker) {
     for (int64_t v = v0; v < smaller(v0 + kGroups * C::rows, end); v += C::rows, ++groups) {
       group[groups].load(plan, v, scratch + groups * C::rows * plan.at.units * C::pair);
     }
+    const int64_t next_v = v0 + kGroups * C::rows,
+                  row_bytes = plan.args.width * element_bytes(plan.args.weight_dtype);
+    const void* next = static_cast<const char*>(plan.args.weight) + next_v * row_bytes;
+    const int64_t next_bytes = larger(0, smaller(kGroups * C::rows, plan.args.vocab - next_v)) * row_bytes;
     for (int64_t panel = 0; panel < plan.at.num_panels; ++panel) {
       const int64_t vectors = panel_width<C>(rows, panel) / C::V::lanes;
       for (int64_t g = 0; g < groups; ++g) {
+        prefetch_share(next, next_bytes, panel * groups + g, plan.at.num_panels * groups);
         const int64_t v = v0 + g * C::rows;
         if (vectors == 3) {
           forward_panel<C, 3>(plan, group[g], v, panel, slice);
@@ -570,9 +579,14 @@ void backward_vocab(const LinearGoldPlan& plan, int64_t chunk, int64_t begin, in
                          a.width, plan.at.padded_width, (v + r - chunk) / C::pair, a.chunk_vocab / C::pair);
       }
     }
+    const int64_t next_v = v0 + kGroups * C::rows,
+                  row_bytes = plan.args.width * element_bytes(plan.args.weight_dtype);
+    const void* next = static_cast<const char*>(plan.args.weight) + next_v * row_bytes;
+    const int64_t next_bytes = larger(0, smaller(kGroups * C::rows, plan.args.vocab - next_v)) * row_bytes;
     for (int64_t panel = 0; panel < plan.at.num_panels; ++panel) {
       const int64_t vectors = panel_width<C>(plan.at.padded_rows, panel) / V::lanes;
       for (int64_t g = 0; g < groups; ++g) {
+        prefetch_share(next, next_bytes, panel * groups + g, plan.at.num_panels * groups);
         const int64_t v = v0 + g * C::rows;
         if (vectors == 3) {
           dlogits_panel<C, 3>(plan, group[g], v, v - chunk, panel, column_sums[g]);
