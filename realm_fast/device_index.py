@@ -1,7 +1,7 @@
 """A block index that lives in a GPU's memory: exact top-k search without a copy to the host.
 
     index = DeviceIndex.from_embeddings(emb, dtype="int8")     # emb on "cuda"
-    scores, ids = index.search(queries, k=8)                   # the float32 answer; nothing waits for the device
+    scores, ids = index.search(queries, k=8)                   # the float32 answer; no wait for the device
 
 Rows are stored one after the other, as the scan's cp.async wants them. bfloat16 and int8 keep the float32
 rows beside the codes: the scan reads the codes, and every row that could be among the k best is scored again
@@ -36,7 +36,7 @@ class DeviceIndex:
     """Exact top-k inner-product search over embeddings in device memory."""
 
     def __init__(self, dtype: str, dim: int, num_rows: int, device: torch.device) -> None:
-        """An index of `num_rows` rows of zeros; use `from_embeddings`, or `store` into it (a refresh does)."""
+        """`num_rows` rows of zeros; use `from_embeddings`, or `store` into it as a refresh does."""
         check_choice("dtype", dtype, DTYPES)
         self.dtype, self.dim, self.device = dtype, dim, torch.device(device)
         self.provenance: Provenance | None = None

@@ -145,7 +145,6 @@ __device__ __forceinline__ void compact(const Rows& rows, int row, SelectScratch
     atomicExch(reinterpret_cast<unsigned long long*>(rows.counts + row),
                static_cast<unsigned long long>(((epoch + 1) << 32) | static_cast<uint32_t>(rows.k)));
   }
-  __syncthreads();
 }
 
 }  // namespace realm_fast::cuda

@@ -35,6 +35,8 @@ _BUILDS = {
         ["-fsanitize=address,undefined"],
     ),
 }
+# Device memory lives as long as the program.
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 
 
 def unsupported_reason() -> str | None:
@@ -102,15 +104,21 @@ class Harness:
         *,
         build: str = "hooks",
         defines: tuple[str, ...] = (),
-        include: Path | None = None,
+        changed: Path | None = None,
     ) -> Path:
         """Compiles kernels and driver and returns the program.
 
-        `include` is a folder looked into before csrc, for sources that were changed on purpose.
+        `changed` is a folder like csrc with sources that were changed on purpose; sources in it see its headers,
+        and are linked first, so that theirs are the inline functions that are kept.
         """
         kernel_flags, harness_flags, link_flags = _BUILDS[build]
-        folders = [*([include] if include else []), HERE, ROOT / "csrc"]
-        jobs = [(path, [*kernel_flags, *(f"-D{d}" for d in defines)], folders) for path in sources]
+        folders = [HERE, ROOT / "csrc"]
+        flags = [*kernel_flags, *(f"-D{d}" for d in defines)]
+        jobs = []
+        for path in sources:
+            is_changed = changed is not None and changed in path.parents
+            jobs.append((path, flags, [changed, *folders] if is_changed else folders))
+        jobs.sort(key=lambda job: len(job[2]), reverse=True)
         jobs.append((HERE / "simt.cpp", harness_flags, [HERE]))
         if driver:
             jobs.append((HERE / driver, harness_flags, folders))
@@ -150,9 +158,8 @@ class Harness:
             path = folder / f"{key}.out"
             path.unlink(missing_ok=True)
             words.append(f"{key}={path}")
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
         done = subprocess.run(
-            [str(program), *words], capture_output=True, text=True, timeout=timeout, env=environment
+            [str(program), *words], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
         )
         if done.returncode:
             return Run("", [], [], {}, done.returncode, done.stderr[-6000:])

@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(32) product_s8(const int8_t* a, const int8_t* 
 // Blocks that wait for one another: a lock in global memory around a counter that is not atomic.
 __global__ void __launch_bounds__(64) locked_count(uint32_t* lock, uint32_t* value, int rounds) {
   if (threadIdx.x == 0) {
+    (void)lock;
     for (int i = 0; i < rounds; ++i) {
 #ifndef FAULT_NO_LOCK
       while (atomicCAS(lock, 0u, 1u) != 0u) pause_briefly();

@@ -86,6 +86,8 @@ simt_switch:
 namespace simt {
 namespace {
 
+void step_aside();
+
 constexpr size_t kPage = 4096;
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kStackBytes = 256 * 1024;
@@ -482,10 +484,10 @@ void hooked(const void* address, size_t bytes, bool write) {
   if (current == nullptr) return;
   const auto* p = static_cast<const unsigned char*>(address);
   if (is_shared(p)) {
-    if (chance(the_config.yield_share)) yield_now();
+    if (chance(the_config.yield_share)) step_aside();
     shared_access(p, bytes, write, false);
   } else if (is_device(p)) {
-    if (chance(the_config.yield_share)) yield_now();
+    if (chance(the_config.yield_share)) step_aside();
     global_access(p, bytes, !write, write);
     (write ? counts.global_bytes_written : counts.global_bytes_read) += bytes;
   }
@@ -646,19 +648,25 @@ void* static_shared(const char* file, int line, size_t bytes) {
   return place.first;
 }
 
+namespace {
+void step_aside() {
+  make_ready(current);
+  to_scheduler(false);
+}
+}  // namespace
+
 void yield_now() {
   if (current == nullptr) return;
-  if (++idle_yields > 200'000'000) {
+  if (++idle_yields > 3'000'000) {
     report_error("livelock", kernel_name + ": threads wait for one another without end");
     std::fputs(report_json().c_str(), stderr);
     std::_Exit(3);
   }
-  make_ready(current);
-  to_scheduler(false);
+  step_aside();
 }
 
 void maybe_yield() {
-  if (current != nullptr && the_config.order == Order::kRandom && chance(0.2)) yield_now();
+  if (current != nullptr && the_config.order == Order::kRandom && chance(0.2)) step_aside();
 }
 
 namespace {

@@ -1,0 +1,424 @@
+"""The real CUDA sources of csrc/mips_topk, run on the CPU: answers, bytes, and what happens when a piece is taken out."""
+
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.gpu import model
+from realm_fast.device_index import DeviceIndex
+from realm_fast.ops.mips_topk import mips_topk, mips_topk_reference
+from simt.harness import ROOT
+
+SOURCES = sorted((ROOT / "csrc/mips_topk").glob("*.cu"))
+TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMULATED = replace(model.H100, multiprocessors=4)
+ORDERS = [
+    {"order": "ascending"},
+    {"order": "descending"},
+    {"order": "random", "seed": 7, "yield_share": 0.003, "resident_blocks": 8},
+]
+
+
+def raw(tensor):
+    """The tensor's storage as numpy sees it, rows with their padding."""
+    rows = tensor if tensor._base is None else tensor._base
+    rows = rows.contiguous()
+    return rows.view(torch.int16).numpy() if rows.dtype in (torch.bfloat16, torch.float16) else rows.numpy()
+
+
+@pytest.fixture(scope="module")
+def program(harness):
+    return harness.build("drive_mips_topk.cpp", SOURCES)
+
+
+@pytest.fixture
+def search(harness, program, tmp_path):
+    """Runs the kernels on torch tensors; `blocks` may be a DeviceIndex."""
+
+    def search(queries, blocks, k, exclude=None, program=program, **options):
+        options.setdefault("num_seeds", 256)
+        inputs = {"exclude_ids": None if exclude is None else exclude.numpy()}
+        if isinstance(blocks, DeviceIndex):
+            inputs |= {
+                "queries": raw(queries), "blocks": raw(blocks.codes), "originals": raw(blocks.originals),
+                "block_residual": raw(blocks.residual), "block_norm": raw(blocks.norm),
+                "block_bounds": raw(blocks.bounds),
+                "block_scale": None if blocks.scale is None else raw(blocks.scale),
+            }  # fmt: skip
+            options |= {
+                "dtype": blocks.dtype,
+                "block_stride": blocks.codes.stride(0),
+                "original_stride": blocks.originals.stride(0),
+            }
+        else:
+            inputs |= {"queries": raw(queries), "blocks": raw(blocks)}
+            options["dtype"] = str(blocks.dtype).removeprefix("torch.")
+            options.setdefault("block_stride", blocks.stride(0) if len(blocks) else blocks.shape[1])
+        shape = (len(queries), k)
+        return harness.run(
+            program,
+            tmp_path,
+            inputs=inputs,
+            outputs={"scores": (shape, np.float32), "ids": (shape, np.int64)},
+            B=len(queries),
+            N=len(blocks),
+            D=queries.shape[1],
+            k=k,
+            query_stride=queries.stride(0) if len(queries) else queries.shape[1],
+            exclude_width=0 if exclude is None else exclude.shape[1],
+            **options,
+        )
+
+    return search
+
+
+def integers(rng, shape, dtype, high=4):
+    """Small whole numbers: every sum is exact in every order, so that answers can be compared bit by bit."""
+    return torch.from_numpy(rng.integers(-high, high + 1, shape)).to(TORCH_TYPES[dtype])
+
+
+def assert_answer(run, queries, blocks, k, exclude=None):
+    assert run.raised == ""
+    assert run.errors == []
+    assert run.returncode == 0, run.stderr
+    want = mips_topk_reference(queries.double(), blocks.double(), k, exclude_ids=exclude)
+    np.testing.assert_array_equal(run.arrays["ids"], want.ids.numpy())
+    np.testing.assert_array_equal(run.arrays["scores"], want.scores.float().numpy())
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=lambda o: o["order"])
+@pytest.mark.parametrize(
+    ("dtype", "B", "N", "D", "k"),
+    [
+        ("bfloat16", 1, 1500, 64, 1),
+        ("bfloat16", 70, 1301, 128, 10),  # one resident group
+        ("bfloat16", 300, 900, 64, 10),  # three groups, tiles that stay
+        ("bfloat16", 130, 700, 768, 10),  # queries do not fit: they ride in the ring
+        ("float16", 5, 1500, 200, 100),
+        ("float32", 3, 1500, 52, 10),
+        ("float32", 70, 1100, 128, 33),
+        ("float32", 2, 2300, 16, 2048),
+    ],
+)
+def test_answers(search, dtype, B, N, D, k, options):
+    rng = np.random.default_rng(B + N)
+    queries, blocks = integers(rng, (B, D), dtype), integers(rng, (N, D), dtype)
+    assert_answer(search(queries, blocks, k, **options), queries, blocks, k)
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=lambda o: o["order"])
+@pytest.mark.parametrize("case", ["all tied", "rising", "falling"])
+def test_hard_orders(search, case, options):
+    """Every score ties; every block beats all before it; none does."""
+    queries, blocks = torch.ones(3, 8), torch.ones(2500, 8)
+    if case != "all tied":
+        blocks[:, 1:] = 0
+        blocks[:, 0] = torch.arange(2500.0)
+    if case == "falling":
+        blocks = blocks.flip(0)
+    assert_answer(search(queries, blocks, 150, num_seeds=128, **options), queries, blocks, 150)
+
+
+def test_exclusions_special_values_and_short_answers(search):
+    rng = np.random.default_rng(3)
+    queries, blocks = integers(rng, (9, 24), "float32"), integers(rng, (700, 24), "float32")
+    exclude = torch.from_numpy(rng.integers(-1, 700, (9, 5)))
+    exclude[:, 0] = mips_topk_reference(queries, blocks, 1).ids[:, 0]
+    exclude[0, 1] = 1 << 40  # not a block
+    known = torch.where(exclude < 700, exclude, -1)
+    assert_answer(search(queries, blocks, 12, exclude, num_seeds=128), queries, blocks, 12, known)
+    # Fewer than k remain.
+    assert_answer(search(queries, blocks[:7], 12), queries, blocks[:7], 12)
+    assert_answer(search(queries, blocks[:0], 4), queries, blocks[:0], 4)
+    # NaN and -inf are no results, +inf comes first, -0 ties with 0.
+    blocks[::3] = torch.nan
+    blocks[5, 0], blocks[400, 0] = -torch.inf, torch.inf
+    queries[:, 0] = 1.0
+    blocks[300:340] = -0.0
+    blocks[340:360] = 0.0
+    assert_answer(search(queries, blocks, 480, num_seeds=128), queries, blocks, 480)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_that_are_not_aligned(search, dtype):
+    """Odd widths, strides and addresses take the element-by-element path; nothing past a row is read."""
+    rng = np.random.default_rng(5)
+    queries, blocks = integers(rng, (6, 35), dtype), integers(rng, (600, 35), dtype)
+    size = queries.element_size()
+    assert_answer(search(queries, blocks, 7), queries, blocks, 7)
+    run = search(queries, blocks, 7, query_skip=size, block_skip=3 * size)
+    assert_answer(run, queries, blocks, 7)
+    padded = torch.zeros(600, 48, dtype=blocks.dtype)
+    padded[:, :35] = blocks
+    assert_answer(search(queries, padded[:, :35], 7), queries, blocks, 7)
+
+
+def test_the_answer_does_not_depend_on_the_grid(search):
+    """Scores are rounded here, and still every bit is the same for every number of thread blocks."""
+    rng = np.random.default_rng(8)
+    queries = torch.from_numpy(rng.standard_normal((20, 96), np.float32))
+    blocks = torch.from_numpy(rng.standard_normal((1800, 96), np.float32))
+    runs = [
+        search(queries, blocks, 10, multiprocessors=multiprocessors, num_seeds=seeds, order=order)
+        for multiprocessors, seeds, order in [
+            (1, 128, "ascending"),
+            (3, 640, "random"),
+            (9, 256, "descending"),
+        ]
+    ]
+    for run in runs:
+        assert run.errors == []
+        np.testing.assert_array_equal(run.arrays["ids"], runs[0].arrays["ids"])
+        np.testing.assert_array_equal(run.arrays["scores"], runs[0].arrays["scores"])
+
+
+def test_float32_sums_like_the_cpu_kernels(search):
+    """One chain of fused multiply-adds in the order of the dimensions: bit for bit the CPU's scores."""
+    from realm_fast import cpu_features
+
+    if "avx2" not in cpu_features()["levels"]:
+        pytest.skip("the generic CPU level multiplies, then adds: other roundings")
+    rng = np.random.default_rng(9)
+    queries = torch.from_numpy(rng.standard_normal((20, 100), np.float32))
+    blocks = torch.from_numpy(rng.standard_normal((1500, 100), np.float32))
+    run = search(queries, blocks, 10)
+    want = mips_topk(queries, blocks, 10, impl="cpu")
+    np.testing.assert_array_equal(run.arrays["ids"], want.ids.numpy())
+    np.testing.assert_array_equal(run.arrays["scores"], want.scores.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("data", ["normal", "power law", "near copies", "zeros and giants"])
+def test_certified_scans_give_the_float32_answer(search, dtype, data):
+    rng = np.random.default_rng(11)
+    num_queries, num_blocks, dim, k = 33, 1700, 48, 10
+    x = rng.standard_normal((num_blocks, dim)).astype(np.float32)
+    q = rng.standard_normal((num_queries, dim)).astype(np.float32)
+    if data == "power law":
+        decay = (np.arange(dim) + 1.0) ** -1.5
+        x, q = (x * decay).astype(np.float32), (q * decay).astype(np.float32)
+    if data == "near copies":  # closer to one another than the codes can tell
+        x = (x[:17].repeat(100, axis=0) * (1 + 1e-4 * x)).astype(np.float32)
+    if data == "zeros and giants":
+        x[::7] *= 1e4
+        x[::5] = 0
+        q[0] = 0
+        q[1] *= 1e-20
+    queries, blocks = torch.from_numpy(q), torch.from_numpy(x)
+    exclude = torch.from_numpy(rng.integers(-1, num_blocks, (num_queries, 3)))
+    exact = search(queries, blocks, k, exclude)
+    for options in ORDERS[0], ORDERS[2]:
+        run = search(queries, DeviceIndex.from_embeddings(blocks, dtype), k, exclude, **options)
+        assert run.errors == []
+        np.testing.assert_array_equal(run.arrays["ids"], exact.arrays["ids"])
+        np.testing.assert_array_equal(run.arrays["scores"], exact.arrays["scores"])
+
+
+def test_queries_that_are_not_finite_are_searched_in_full(search):
+    rng = np.random.default_rng(12)
+    queries = torch.from_numpy(rng.standard_normal((4, 32), np.float32))
+    queries[1, 3], queries[2, 4] = torch.nan, torch.inf
+    blocks = torch.from_numpy(rng.standard_normal((900, 32), np.float32))
+    exact = search(queries, blocks, 6)
+    for dtype in ("bfloat16", "int8"):
+        run = search(queries, DeviceIndex.from_embeddings(blocks, dtype), 6)
+        assert run.errors == []
+        np.testing.assert_array_equal(run.arrays["ids"], exact.arrays["ids"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 2049}, "k: the CUDA kernels take 0..2048"),
+        ({"k": 3, "compute_capability": 75}, "compute capability 8.0"),
+        ({"k": 3, "shared_bytes_per_block": 20000}, "too little shared memory"),
+    ],
+)
+def test_refusals_name_their_reason(search, options, message):
+    queries, blocks = torch.ones(2, 8), torch.ones(40, 8)
+    options = dict(options)
+    run = search(queries, blocks, options.pop("k"), **options)
+    assert message in run.raised
+    assert run.errors == []
+
+
+# ---- bytes ----
+
+
+def scans(run):
+    return [launch for launch in run.launches if "scan" in launch["kernel"]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "B", "N", "D"),
+    [("bfloat16", 16, 6000, 128), ("bfloat16", 200, 2000, 128), ("float32", 40, 3000, 64),
+     ("bfloat16", 130, 1000, 768), ("float16", 600, 1500, 64)],
+)  # fmt: skip
+def test_copied_bytes_are_the_models(search, dtype, B, N, D):
+    rng = np.random.default_rng(1)
+    queries, blocks = integers(rng, (B, D), dtype), integers(rng, (N, D), dtype)
+    run = search(queries, blocks, 5, num_seeds=512)
+    plan = model.make_plan(dtype, B, D, EMULATED)
+    ranges = max(4 * 2 // plan.num_chunks, 1)
+    seed, rest = scans(run)
+    assert seed["shared_bytes"] == rest["shared_bytes"] == plan.shared_bytes
+    assert seed["copy_bytes"] == model.copy_bytes(dtype, B, 512, D, plan, ranges)
+    assert rest["copy_bytes"] == model.copy_bytes(dtype, B, N - 512, D, plan, ranges)
+
+
+def test_int8_copied_bytes_are_the_models(search):
+    rng = np.random.default_rng(2)
+    queries = torch.from_numpy(rng.standard_normal((40, 64), np.float32))
+    blocks = torch.from_numpy(rng.standard_normal((3000, 64), np.float32))
+    run = search(queries, DeviceIndex.from_embeddings(blocks, "int8"), 5, num_seeds=512)
+    plan = model.make_plan("int8", 40, 64, EMULATED)
+    _, rest = scans(run)
+    assert rest["copy_bytes"] == model.copy_bytes("int8", 40, 3000 - 512, 64, plan, 8)
+
+
+def test_all_global_traffic_is_within_five_percent_of_the_least(search):
+    """Everything counted: index, queries, seeds, thresholds, survivors, answers."""
+    rng = np.random.default_rng(4)
+    queries = torch.from_numpy(rng.standard_normal((8, 128), np.float32)).bfloat16()
+    blocks = torch.from_numpy(rng.standard_normal((40_000, 128), np.float32)).bfloat16()
+    run = search(queries, blocks, 10, num_seeds=1024)
+    assert run.errors == []
+    moved = run.total("global_bytes_read") + run.total("global_bytes_written")
+    paper = model.estimate("bfloat16", 8, 40_000, 128, 10, EMULATED, seeds=1024)
+    assert paper.minimum_bytes <= moved <= 1.05 * paper.minimum_bytes
+    # And the paper model, which also prices survivors, is not far off.
+    assert moved == pytest.approx(paper.bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("device", [model.A100, model.H100, model.H200], ids=lambda d: d.name)
+@pytest.mark.parametrize("case", [case for case in model.CASES if not (case[1] and case[2] > 64)])
+def test_the_model_at_production_size_is_within_five_percent(case, device):
+    dtype, certified, num_queries, num_blocks, dim = case
+    e = model.estimate(dtype, num_queries, num_blocks, dim, 10, device, certified)
+    assert e.bytes <= 1.05 * e.minimum_bytes
+
+
+def test_survivors_are_as_few_as_the_model_says(search):
+    """k (1 + ...) a row, not k a thread block: the rising threshold is shared."""
+    rng = np.random.default_rng(6)
+    k, num_queries, num_blocks = 10, 40, 20_000
+    queries = torch.from_numpy(rng.standard_normal((num_queries, 16), np.float32))
+    blocks = torch.from_numpy(rng.standard_normal((num_blocks, 16), np.float32))
+    run = search(queries, blocks, k, num_seeds=1024)
+    appended = run.total("atomics", "scan")  # one atomic a survivor, few more for compactions
+    expected = num_queries * model.expected_survivors(k, 1024, num_blocks, 256)
+    assert 0.7 * expected < appended < 1.3 * expected
+
+
+# ---- faults planted in the real kernels ----
+
+
+def barrier_lines():
+    """Every block barrier of the scan and of the selection, by file and line."""
+    for name in ("scan.cuh", "select.cuh"):
+        for number, line in enumerate((ROOT / "csrc/mips_topk" / name).read_text().splitlines(), 1):
+            if "__syncthreads" in line:
+                yield name, number, line.strip()
+
+
+def fault_inputs(num_queries=70, dim=136):
+    """Several slabs, several tiles a range, survivors and compactions in every range."""
+    rng = np.random.default_rng(21)
+    queries, blocks = integers(rng, (70, dim), "bfloat16", 2), integers(rng, (1500, dim), "bfloat16", 2)
+    blocks[:, 0] = torch.arange(1500) // 6
+    queries[:, 0] = 1
+    return queries.repeat(5, 1)[:num_queries], blocks
+
+
+@pytest.mark.parametrize(("file", "line", "text"), list(barrier_lines()), ids=lambda v: str(v)[:24])
+def test_every_barrier_is_needed_and_missed(search, file, line, text):
+    for num_queries, dim, blocks_at_once in (
+        (70, 136, 1),
+        (300, 136, 1),  # groups whose tile stays in the ring have a barrier of their own
+        (70, 24, 1),  # one slab: one barrier a step
+        (2, 24, 8),  # thread blocks that contend for the same rows
+    ):
+        queries, blocks = fault_inputs(num_queries, dim)
+        run = search(
+            queries, blocks, 120, num_seeds=128, multiprocessors=4 if blocks_at_once > 1 else 1,
+            resident_blocks=blocks_at_once, order="random", seed=3, timeout=20,
+            drop_barrier_file=file, drop_barrier_line=line,
+        )  # fmt: skip
+        if run.kinds:
+            return
+    pytest.fail(f"nothing noticed that {file}:{line} ({text}) was gone")
+
+
+@pytest.mark.parametrize(
+    "fault", [{"swap_fragments": 1}, {"swap_matrices": 1}, {"shift_copy_bytes": 2}, {"skip_copy_wait": 1}]
+)
+def test_faults_of_the_instructions_are_missed(search, fault):
+    queries, blocks = fault_inputs()
+    run = search(queries, blocks, 10, num_seeds=128, **fault)
+    want = mips_topk_reference(queries.double(), blocks.double(), 10)
+    assert run.kinds or not np.array_equal(run.arrays["ids"], want.ids.numpy())
+
+
+MUTANTS = {  # what is changed: (file, from, to)
+    "missed tail": ("scan.cuh", r"\(a\.last - a\.first \+ kTileBlocks - 1\) / kTileBlocks", "(a.last - a.first) / kTileBlocks"),
+    "off-by-one load": ("scan.cuh", r"row \+ i < rows_left", "row + i <= rows_left"),
+    "padding let through": ("scan.cuh", r" && S::column\(c\) < tile_columns\) \{\n\s+hits", ") {\n hits"),
+    "swapped fragment index": ("scan.cuh", r"fb\[n / 2\]\[n % 2 \* 2\], fb\[n / 2\]\[n % 2 \* 2 \+ 1\]", "fb[n / 2][n % 2 * 2 + 1], fb[n / 2][n % 2 * 2]"),
+    "lost tie": ("scan.cuh", r"if \(next_block > key_block\(threshold\)\)\s+\+\+ordered;", "(void)next_block, ++ordered;"),
+    "ties to the higher id": ("select.cuh", r"\(0xffffffffu - static_cast<uint32_t>\(block\)\)", "static_cast<uint32_t>(block)"),
+    "queue never handed on at the end": ("scan.cuh", r"a\.dense == nullptr && tile \+ 1 == end_tile && group == num_groups - 1", "false"),
+    "wrong swizzle": ("scan.cuh", r"\(\(\(lane >> 3\) & 1\) \^ \(b_row & 7\)\) << 4", "((lane >> 3) & 1) << 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_of_the_source_are_missed(harness, search, tmp_path, name):
+    """Each change compiles, and the answers or the checks give it away."""
+    file, pattern, replacement = MUTANTS[name]
+    folder = tmp_path / "changed/mips_topk"
+    shutil.copytree(ROOT / "csrc/mips_topk", folder, ignore=shutil.ignore_patterns("*.cpp", "*.inl"))
+    text, count = re.subn(pattern, replacement, (folder / file).read_text())
+    assert count >= 1, f"the pattern of {name!r} no longer matches {file}"
+    (folder / file).write_text(text)
+    # Only the bf16 kernels run; the others are linked unchanged, after the changed ones.
+    changed = [folder / "mips_topk_bf16.cu"] + ([folder / "mips_topk.cu"] if file == "select.cuh" else [])
+    kept = [path for path in SOURCES if path.name not in {source.name for source in changed}]
+    program = harness.build("drive_mips_topk.cpp", [*changed, *kept], changed=tmp_path / "changed")
+    if name == "lost tie":  # the lower ids of a tie come last, from another thread block
+        queries, blocks = torch.ones(2, 16).bfloat16(), torch.zeros(1400, 16).bfloat16()
+        blocks[130:] = 1
+        options = {"order": "descending", "multiprocessors": 4}
+        k = 20
+    else:
+        queries, blocks = fault_inputs()
+        queries[:, 0], blocks[:, 0] = -1, 256  # all scores are negative: zeros of padding would win
+        options, k = {}, 10
+    for some in (queries, queries[:2]):
+        want = mips_topk_reference(some.double(), blocks.double(), k).ids.numpy()
+        good = search(some, blocks, k, num_seeds=128, **options)
+        np.testing.assert_array_equal(good.arrays["ids"], want)
+        run = search(some, blocks, k, num_seeds=128, program=program, **options)
+        if run.kinds or not np.array_equal(run.arrays["ids"], want):
+            return
+    pytest.fail(f"nothing noticed the change {name!r}")
+
+
+def test_address_and_undefined_behaviour_sanitizers(harness, search):
+    program = harness.build("drive_mips_topk.cpp", SOURCES, build="sanitizers")
+    rng = np.random.default_rng(17)
+    for dtype, shape, k, extra in [
+        ("bfloat16", (70, 900, 136), 10, {}),
+        ("bfloat16", (140, 400, 768), 3, {}),
+        ("float16", (3, 600, 35), 130, {"block_skip": 2}),
+        ("float32", (20, 700, 50), 10, {"order": "random"}),
+    ]:
+        B, N, D = shape
+        queries, blocks = integers(rng, (B, D), dtype), integers(rng, (N, D), dtype)
+        run = search(queries, blocks, k, program=program, num_seeds=128, **extra)
+        assert_answer(run, queries, blocks, k)
+    index = DeviceIndex.from_embeddings(blocks, "int8")
+    assert_answer(search(queries, index, 10, program=program, num_seeds=128), queries, blocks, 10)

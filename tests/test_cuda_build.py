@@ -1,0 +1,125 @@
+"""The machine code in the built module: resources, spills, and what the main loops consist of. Needs no GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from realm_fast import _native, build_info
+
+ARCHS = ("80", "90", "100", "120")
+# The scan is planned for two thread blocks of 256 a multiprocessor, which shares 65536 registers.
+REGISTERS, SCAN_THREADS, SCAN_BLOCKS = 65536, 256, 2
+# Element type of an instantiation of the scan -> the instruction its main loop must consist of.
+MATRIX_INSTRUCTION = {
+    "13__nv_bfloat16": r"HMMA\.16816\.F32\.BF16",
+    "6__half": r"HMMA\.16816\.F32(?!\.BF16)",
+    "a": r"IMMA\.16832\.S8\.S8",
+    "f": r"FFMA",
+}
+SCAN = re.compile(r"4scanI(13__nv_bfloat16|6__half|a|f)Li(\d+)E")
+
+
+def find_tool(name: str) -> str | None:
+    """On PATH, beside nvcc, in CUDA_HOME, or in NVIDIA's Python packages (or triton's)."""
+    nvcc = shutil.which("nvcc")
+    places = [Path(nvcc).resolve().parent / name] if nvcc else []
+    places.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name)
+    packages = Path(sysconfig.get_paths()["purelib"])
+    places += [*packages.glob(f"nvidia/*/bin/{name}"), packages / "triton/backends/nvidia/bin" / name]
+    return shutil.which(name) or next((str(place) for place in places if os.access(place, os.X_OK)), None)
+
+
+@pytest.fixture(scope="module")
+def cuobjdump():
+    if not build_info()["cuda"]:
+        pytest.skip("this build has no CUDA kernels (no nvcc was found when it was built)")
+    tools = {name: find_tool(name) for name in ("cuobjdump", "nvdisasm")}
+    for name, place in tools.items():
+        if place is None:
+            pytest.skip(f"{name} was not found (CUDA toolkit, or pip install nvidia-cuda-{name})")
+    folders = [str(Path(place).parent) for place in tools.values()]
+    environment = {**os.environ, "PATH": os.pathsep.join([*folders, os.environ["PATH"]])}
+
+    def run(*arguments: str) -> str:
+        command = [tools["cuobjdump"], *arguments, _native.__file__]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def resources(cuobjdump):
+    """(target, kernel) -> {"REG", "STACK", "SHARED", "LOCAL"}."""
+    found = {}
+    arch = name = None
+    for line in cuobjdump("-res-usage").splitlines():
+        if match := re.match(r"arch = sm_(\d+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = match[1]
+        elif "REG:" in line and name is not None:
+            found[arch, name] = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+def test_every_kernel_is_built_for_every_target(resources):
+    names = {name for _, name in resources}
+    assert len([name for name in names if SCAN.search(name)]) == 2 * len(MATRIX_INSTRUCTION)
+    assert {(arch, name) for arch in ARCHS for name in names} <= set(resources)
+
+
+def test_no_kernel_spills_or_uses_local_memory(resources):
+    for (arch, name), used in resources.items():
+        assert used["STACK"] == used["LOCAL"] == 0, f"sm_{arch}, {name}: {used}"
+
+
+def test_registers_allow_the_planned_occupancy(resources):
+    for (arch, name), used in resources.items():
+        assert used["REG"] <= 255
+        if SCAN.search(name):
+            assert used["REG"] * SCAN_THREADS * SCAN_BLOCKS <= REGISTERS, f"sm_{arch}, {name}: {used}"
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def scans(request, cuobjdump):
+    """Instructions of the scan's instantiations for one target."""
+    text = cuobjdump("-sass", "-arch", f"sm_{request.param}")
+    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.M)
+    instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
+    return {
+        name: instruction.findall(body)
+        for name, body in zip(parts[1::2], parts[2::2], strict=True)
+        if SCAN.search(name)
+    }
+
+
+def test_the_scan_in_machine_code(scans):
+    assert len(scans) == 2 * len(MATRIX_INSTRUCTION)
+    for name, code in scans.items():
+        element, rows = SCAN.search(name).groups()
+        rows, pattern = int(rows), MATRIX_INSTRUCTION[element]
+        opcodes = [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in code]
+        assert not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
+        # Global to shared memory, 128 bits at a time, past L1 and registers.
+        copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
+        assert copies, name
+        assert all(".128" in opcode for opcode in copies), name
+        at = [i for i, opcode in enumerate(opcodes) if re.match(pattern, opcode)]
+        loop = opcodes[at[0] : at[-1] + 1]
+        if element == "f":
+            # rows / 8 x 4 scores a thread, four dimensions a chunk; other FMAs stand outside the loop.
+            assert len(at) >= rows // 8 * 4 * 4, name
+            assert sum(opcode == "LDS.128" for opcode in opcodes) >= rows // 8 + 4, name
+            continue
+        # rows / 32 x 4 fragments in each of a slab's four steps, fed by ldmatrix.
+        assert len(at) == rows // 32 * 4 * 4, name
+        assert sum(opcode.startswith("LDSM.16.M88.4") for opcode in opcodes) == 4 * (rows // 32 + 2), name
+        others = [x for x in loop if not re.match(pattern, x) and not x.startswith("LDSM")]
+        assert len(others) <= len(at), f"{name}: {len(others)} other instructions among {len(at)} products"
