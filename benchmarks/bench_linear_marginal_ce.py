@@ -36,6 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_SHAPES = {(128, 30522), (768, 30522), (384, 250002)}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 OURS = "realm_fast"
+KEEPING = "realm_fast, logits kept"  # all of them, as most peers do
 SETTLE_SECONDS = 0.03  # OpenMP threads of the call before spin for a while after it
 
 
@@ -139,7 +140,7 @@ def ours(**options) -> Callable[..., torch.Tensor]:
 
 def implementations() -> dict[str, Callable[..., torch.Tensor]]:
     """Every implementation this environment has; what is missing is said on stderr."""
-    found = {OURS: ours(), "eager": eager}
+    found = {OURS: ours(), KEEPING: ours(keep_logits_bytes=1 << 40), "eager": eager}
     found["torch.compile"] = compiled()
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = linear_cross_entropy(None)
@@ -200,14 +201,21 @@ def time_together(
     calls: dict[str, Callable[[], object]], budget_seconds: float, least: int = 2, most: int = 15
 ) -> dict[str, list[float]]:
     """Seconds of each call; the calls take turns until the budget is used. An untimed round comes first."""
-    for call in calls.values():
-        call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    slow: set[str] = set()
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        if time.perf_counter() - start > budget_seconds / 2:  # one call has to do
+            seconds[name].append(time.perf_counter() - start)
+            slow.add(name)
     end = time.perf_counter() + budget_seconds
     for turn in range(most):
         if turn >= least and time.perf_counter() > end:
             break
         for name, call in calls.items():
+            if name in slow:
+                continue
             time.sleep(SETTLE_SECONDS)
             start = time.perf_counter()
             call()
@@ -386,7 +394,13 @@ def main(argv: list[str] | None = None) -> None:
     runs = implementations()
     print(json.dumps(machine()))
     rows: list[dict[str, object]] = []
+    everything, runs = runs, dict(runs)
     for case in cases(options.quick):
+        # What takes 15 times as long at V = 30,522 would take all the time there is at V = 250,002.
+        hopeless = {
+            row["implementation"] for row in rows if row["dtype"] == case.dtype and row["times_ours"] > 15
+        }
+        runs = {name: run for name, run in everything.items() if name not in hopeless}
         errors = check_values(case, runs)
         worst = {name: max(values.values()) for name, values in errors.items()}
         print(f"\nchecked against float64: {', '.join(f'{n} {e:.1e}' for n, e in worst.items())}", flush=True)

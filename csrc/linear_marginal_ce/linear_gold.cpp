@@ -76,6 +76,8 @@ void mark_labels(const LinearGoldPlan& plan) {
 
 }  // namespace
 
+int64_t linear_gold_panel_rows(Compute compute) { return choose_level(compute).panel_rows; }
+
 bool linear_gold_has_bf16() { return choose_level(Compute::kBFloat16).pair == 2; }
 
 int64_t linear_gold_workspace_bytes(const LinearGold& args, Compute compute, bool backward, int num_threads) {

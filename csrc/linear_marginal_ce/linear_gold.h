@@ -33,6 +33,11 @@ struct LinearGold {
   const void* bias = nullptr;  // [V] in the accumulation type, or null
   int64_t num_rows = 0, vocab = 0, width = 0;
 
+  // Logits of the first keep_vocab (a multiple of kVocabGroup) entries, from forward to backward, which
+  // recomputes the others: [panel][v][row of panel], accumulation type; or null. The same values either way.
+  void* kept = nullptr;
+  int64_t keep_vocab = 0;
+
   // Forward writes, backward reads: [R], accumulation type.
   void* gold = nullptr;        // forward only
   void* row_max = nullptr;     // lse = row_max + row_logsum, kept apart: their sum would lose the low bits
@@ -96,6 +101,9 @@ struct LinearGoldLevel {
 LinearGoldLevel linear_gold_avx2();
 LinearGoldLevel linear_gold_avx512();
 LinearGoldLevel linear_gold_avx512bf16();
+
+// Rows in a panel at the current level: kept logits are of use to a level with the same.
+int64_t linear_gold_panel_rows(Compute compute);
 
 // True where multiplications of bfloat16 pairs are native at the current level.
 bool linear_gold_has_bf16();

@@ -79,8 +79,7 @@ REALM_FAST_INLINE int64_t element_bytes(int dtype) {
   return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
 }
 
-// ---- elements in and out
-// -------------------------------------------------------------------------------------
+// ---- elements in and out ----
 
 // dst[0, n) = src[begin, begin + n), converted to the compute type.
 template <class C>
@@ -128,8 +127,7 @@ void store_elements(void* dst, int dtype, int64_t begin, const T* src, int64_t n
   }
 }
 
-// ---- the product
-// ---------------------------------------------------------------------------------------------
+// ---- the product ----
 
 template <class C, int NV>
 struct Tile {
@@ -171,8 +169,7 @@ REALM_FAST_INLINE void clear(Tile<C, NV>& tile) {
   }
 }
 
-// ---- packing
-// -------------------------------------------------------------------------------------------------
+// ---- packing ----
 
 template <class C>
 constexpr int64_t kPanel = int64_t{C::vectors} * C::V::lanes;
@@ -318,8 +315,16 @@ REALM_FAST_INLINE void logits_tile(const LinearGoldPlan& plan, const VocabRows<C
   }
 }
 
-// ---- forward
-// -------------------------------------------------------------------------------------------------
+// Where the kept logits of this tile lie; null if they are not kept.
+template <class C>
+REALM_FAST_INLINE typename C::acc* kept_tile(const LinearGoldPlan& plan, int64_t v, int64_t panel,
+                                             int64_t width) {
+  const LinearGold& a = plan.args;
+  if (v >= a.keep_vocab) return nullptr;
+  return static_cast<typename C::acc*>(a.kept) + panel * kPanel<C> * a.keep_vocab + v * width;
+}
+
+// ---- forward ----
 
 // Running maximum, sum of exponentials and true-class logit of the rows of one panel, after one more tile.
 // The maximum moves only when a logit exceeds it by kSlack: exp(kSlack) is far from overflow, and most tiles
@@ -369,6 +374,13 @@ REALM_FAST_APART void forward_panel(const LinearGoldPlan& plan, const VocabRows<
   const int64_t first = panel * kPanel<C>, at = slice * plan.at.padded_rows + first;
   Tile<C, NV> tile;
   logits_tile<C, NV>(plan, rows, panel, tile);
+  if (T* kept = kept_tile<C>(plan, v, panel, NV * C::V::lanes)) {
+    REALM_FAST_UNROLL
+    for (int r = 0; r < C::rows; ++r) {
+      REALM_FAST_UNROLL
+      for (int j = 0; j < NV; ++j) C::V::store(kept + (r * NV + j) * C::V::lanes, tile.v[r][j]);
+    }
+  }
   accumulate<C, NV>(plan, tile, v, first, part<T>(plan, plan.at.partial_max) + at,
                     part<T>(plan, plan.at.partial_sum) + at, part<T>(plan, plan.at.partial_gold) + first);
 }
@@ -442,8 +454,7 @@ void forward_merge(const LinearGoldPlan& plan, int64_t panel) {
   }
 }
 
-// ---- backward
-// ------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 // Stores a tile of d logits as the left operand of both products.
 template <class C, int NV>
@@ -480,7 +491,7 @@ REALM_FAST_INLINE void store_dlogits(const LinearGoldPlan& plan, const Tile<C, N
   }
 }
 
-// Recomputes a tile of logits and turns it into d logits; adds to the column sums.
+// Turns a tile of logits, kept or recomputed, into d logits; adds to the column sums.
 template <class C, int NV>
 REALM_FAST_APART void dlogits_panel(const LinearGoldPlan& plan, const VocabRows<C>& rows, int64_t v,
                                     int64_t chunk_v, int64_t panel, typename C::V::vec* column_sums) {
@@ -489,7 +500,15 @@ REALM_FAST_APART void dlogits_panel(const LinearGoldPlan& plan, const VocabRows<
   using vec = typename V::vec;
   const int64_t first = panel * kPanel<C>;
   Tile<C, NV> tile;
-  logits_tile<C, NV>(plan, rows, panel, tile);
+  if (const T* kept = kept_tile<C>(plan, v, panel, NV * V::lanes)) {
+    REALM_FAST_UNROLL
+    for (int r = 0; r < C::rows; ++r) {
+      REALM_FAST_UNROLL
+      for (int j = 0; j < NV; ++j) tile.v[r][j] = V::load(kept + (r * NV + j) * V::lanes);
+    }
+  } else {
+    logits_tile<C, NV>(plan, rows, panel, tile);
+  }
   const T* row_max = part<T>(plan, plan.at.row_max) + first;
   const T* row_logsum = part<T>(plan, plan.at.row_logsum) + first;
   const T* grad = part<T>(plan, plan.at.grad) + first;

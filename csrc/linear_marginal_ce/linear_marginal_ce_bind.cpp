@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "linear_marginal_ce/chunk.h"
+#include "linear_marginal_ce/huge_pages.h"
 #include "linear_marginal_ce/linear_gold.h"
 
 namespace py = pybind11;
@@ -28,6 +29,8 @@ LinearGold args_of(const py::dict& d) {
   a.num_rows = integer("num_rows");
   a.vocab = integer("vocab");
   a.width = integer("width");
+  a.kept = pointer("kept");
+  a.keep_vocab = integer("keep_vocab");
   a.gold = pointer("gold");
   a.row_max = pointer("row_max");
   a.row_logsum = pointer("row_logsum");
@@ -45,7 +48,11 @@ LinearGold args_of(const py::dict& d) {
 }  // namespace
 
 void bind_linear_marginal_ce(py::module_& m) {
+  m.def("advise_huge_pages",
+        [](uintptr_t p, int64_t bytes) { advise_huge_pages(reinterpret_cast<void*>(p), bytes); });
   m.def("linear_gold_has_bf16", &linear_gold_has_bf16);
+  m.def("linear_gold_panel_rows",
+        [](int compute) { return linear_gold_panel_rows(static_cast<Compute>(compute)); });
   m.def("linear_gold_workspace_bytes", [](const py::dict& args, int compute, bool backward, int num_threads) {
     return linear_gold_workspace_bytes(args_of(args), static_cast<Compute>(compute), backward, num_threads);
   });

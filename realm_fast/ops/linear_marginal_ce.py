@@ -39,6 +39,8 @@ CPU_CHUNK_BYTES = 8 << 20  # the chunk stays in a shared cache of common size
 CUDA_CHUNK_BYTES = 256 << 20
 NOT_COUNTED = -(2**63)  # the label of a row that does not count, whatever ignore_index is
 _VOCAB_GROUP = 8  # csrc/linear_marginal_ce/linear_gold.h: kVocabGroup
+_ROW_PADDING = 16  # the longest vector: rows and columns are rounded up to whole ones
+_KEEP_SHARE = 0.75  # recomputing costs a quarter of the whole: worth it for a quarter fewer rows
 _COMPUTE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -110,6 +112,7 @@ def linear_marginal_cross_entropy(
     reduction="mean",
     impl="auto",
     chunk_bytes=None,
+    keep_logits_bytes=0,
     drop_responsibility_below=0.0,
     return_stats=False,
 ):
@@ -135,6 +138,9 @@ def linear_marginal_cross_entropy(
             chunks) or "reference" (plain torch, holds the logits).
         chunk_bytes: memory for a chunk of logits and what goes with it; None: 8 MiB on the CPU, 256 MiB on
             CUDA.
+        keep_logits_bytes: memory for logits that the forward pass leaves to the backward pass, which
+            recomputes the others ("cpu" only; the same results). With R rows that count, 0 costs 8 R H V
+            FLOPs and the least memory; 4 R V bytes and a little more, 6 R H V FLOPs.
         drop_responsibility_below: rows with a smaller responsibility get no gradient through hidden, weight
             and bias, and cost nothing in the backward pass; the mass dropped is in the stats. 0 drops none.
         return_stats: also return `MarginalStats`: detached by-products of the same pass.
@@ -156,6 +162,7 @@ def linear_marginal_cross_entropy(
     compute, chunk_bytes = _check_arguments(
         hidden, weight, bias, labels, retrieval_scores, level, reduction, chunk_bytes
     )
+    check_int("keep_logits_bytes", keep_logits_bytes, minimum=0)
     if not 0.0 <= drop_responsibility_below < 1.0:
         raise ValueError(f"drop_responsibility_below: expected 0 <= x < 1, got {drop_responsibility_below}")
     on_cpu = None if hidden.is_cpu else f"the tensors are on {hidden.device}"
@@ -177,8 +184,17 @@ def linear_marginal_cross_entropy(
         batch, candidates, positions, width = hidden.shape
         present = ~torch.isneginf(retrieval_scores)[..., None]  # [B, K, 1]
         row_labels = torch.where(mask[:, None] & present, labels[:, None], NOT_COUNTED)
-        gold, _, _ = linear_gold_op(
-            hidden.reshape(-1, width), weight, bias, row_labels.reshape(-1), compute, chunk_bytes, chosen
+        learns = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+        keeps = learns and torch.is_grad_enabled() and chosen == "cpu"
+        gold, _, _, _ = linear_gold_op(
+            hidden.reshape(-1, width),
+            weight,
+            bias,
+            row_labels.reshape(-1),
+            compute,
+            chunk_bytes,
+            keep_logits_bytes if keeps else 0,
+            chosen,
         )
         gold = gold.view(batch, candidates, positions)
         candidate = torch.log_softmax(retrieval_scores.to(gold.dtype), -1)
@@ -253,26 +269,46 @@ def linear_gold_op(
     labels: Tensor,
     compute: torch.dtype,
     chunk_bytes: int,
+    keep_bytes: int,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], labels [N] (NOT_COUNTED: left out) -> gold, row_max, row_logsum [N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden [N, H], labels [N] (NOT_COUNTED: left out) -> gold, row_max, row_logsum [N], kept logits.
 
     gold = logit of the label - (row_max + row_logsum), 0 in rows that do not count.
     """
     rows = _counted_rows(labels, weight.shape[0])  # [R]
     acc = accumulation_dtype(compute)
     outputs = tuple(hidden.new_zeros(labels.shape[0], dtype=acc) for _ in range(3))
+    kept = _huge_pages(_empty_kept(hidden, weight, compute, keep_bytes))
     if len(rows):
-        forward = _native_forward if impl == "cpu" else _blas_forward
-        values = forward(hidden, weight, bias, rows, labels[rows], compute, chunk_bytes, impl)
+        if impl == "cpu":
+            values = _native_forward(hidden, weight, bias, rows, labels[rows], compute, kept)
+        else:
+            values = _blas_forward(hidden, weight, bias, rows, labels[rows], compute, chunk_bytes, impl)
         for output, value in zip(outputs, values, strict=True):
             output[rows] = value
-    return outputs
+    return *outputs, kept
+
+
+def _empty_kept(hidden: Tensor, weight: Tensor, compute: torch.dtype, keep_bytes: int) -> Tensor:
+    """Room for the logits that are kept, as bytes: keep_bytes, or what all of them need."""
+    rows, vocab = hidden.shape[0] + _ROW_PADDING, weight.shape[0] + _VOCAB_GROUP
+    everything = rows * vocab * accumulation_dtype(compute).itemsize
+    return hidden.new_empty(min(keep_bytes, everything), dtype=torch.uint8)
+
+
+def _huge_pages(fresh: Tensor) -> Tensor:
+    """Asks for huge pages in a new tensor of the CPU: faults in small ones cost more than filling it."""
+    if fresh.is_cpu:
+        _native.advise_huge_pages(fresh.data_ptr(), fresh.numel() * fresh.element_size())
+    return fresh
 
 
 @linear_gold_op.register_fake
-def _(hidden, weight, bias, labels, compute, chunk_bytes, impl):
-    return tuple(hidden.new_empty(labels.shape[0], dtype=accumulation_dtype(compute)) for _ in range(3))
+def _(hidden, weight, bias, labels, compute, chunk_bytes, keep_bytes, impl):
+    acc = accumulation_dtype(compute)
+    rows = tuple(hidden.new_empty(labels.shape[0], dtype=acc) for _ in range(3))
+    return *rows, _empty_kept(hidden, weight, compute, keep_bytes)
 
 
 @torch.library.custom_op("realm_fast::linear_gold_backward", mutates_args=())
@@ -284,6 +320,8 @@ def linear_gold_backward_op(
     labels: Tensor,
     row_max: Tensor,
     row_logsum: Tensor,
+    kept: Tensor,
+    kept_panel_rows: int,
     compute: torch.dtype,
     chunk_bytes: int,
     impl: str,
@@ -291,26 +329,55 @@ def linear_gold_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d hidden, d weight and d bias for an upstream gradient [N] of gold; empty where `needs` says no."""
     needs_hidden, needs_weight, needs_bias = needs
-    rows = ((labels >= 0) & (grad != 0)).nonzero()[:, 0]  # a NaN gradient is not 0: it goes on
+    counted = labels >= 0
+    rows = (counted & (grad != 0)).nonzero()[:, 0]  # a NaN gradient is not 0: it goes on
+    if kept.numel():
+        # Kept logits are of all rows that count: take these, unless leaving out rows saves more.
+        all_rows = counted.nonzero()[:, 0]
+        readable = impl == "cpu" and kept_panel_rows == _panel_rows(compute)
+        if readable and len(rows) > _KEEP_SHARE * len(all_rows):
+            rows = all_rows
+        else:
+            kept = kept[:0]
     acc = accumulation_dtype(compute)
     d_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
     make = torch.empty_like if len(rows) else torch.zeros_like
-    d_weight = make(weight, memory_format=torch.contiguous_format) if needs_weight else hidden.new_empty(0)
+    d_weight = (
+        _huge_pages(make(weight, memory_format=torch.contiguous_format))
+        if needs_weight
+        else hidden.new_empty(0)
+    )
     d_bias = make(bias, dtype=acc) if needs_bias and bias is not None else hidden.new_empty(0)
     if len(rows) and any(needs):
-        backward = _native_backward if impl == "cpu" else _blas_backward
         row_values = (labels[rows], row_max[rows], row_logsum[rows], grad[rows].to(acc))
         outputs = (
             d_hidden if needs_hidden else None,
             d_weight if needs_weight else None,
             d_bias if needs_bias and bias is not None else None,
         )
-        backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, impl)
+        if impl == "cpu":
+            _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, kept)
+        else:
+            _blas_backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, impl)
     return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
 
 
 @linear_gold_backward_op.register_fake
-def _(grad, hidden, weight, bias, labels, row_max, row_logsum, compute, chunk_bytes, impl, needs):
+def _(
+    grad,
+    hidden,
+    weight,
+    bias,
+    labels,
+    row_max,
+    row_logsum,
+    kept,
+    kept_panel_rows,
+    compute,
+    chunk_bytes,
+    impl,
+    needs,
+):
     d_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
     d_weight = (
         torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else hidden.new_empty(0)
@@ -320,21 +387,22 @@ def _(grad, hidden, weight, bias, labels, row_max, row_logsum, compute, chunk_by
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, labels, ctx.compute, ctx.chunk_bytes, ctx.impl = inputs
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(hidden, weight, bias, labels, output[1], output[2])
+    hidden, weight, bias, labels, ctx.compute, ctx.chunk_bytes, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[1:])
+    ctx.kept_panel_rows = _panel_rows(ctx.compute) if ctx.impl == "cpu" else 0
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_gold, *_):
     if grad_gold is None:
-        return (None,) * 7
+        return (None,) * 8
     needs = list(ctx.needs_input_grad[:3])
     gradients = linear_gold_backward_op(
-        grad_gold, *ctx.saved_tensors, ctx.compute, ctx.chunk_bytes, ctx.impl, needs
+        grad_gold, *ctx.saved_tensors, ctx.kept_panel_rows, ctx.compute, ctx.chunk_bytes, ctx.impl, needs
     )
     wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None, None)
+    return (*wanted, None, None, None, None, None)
 
 
 linear_gold_op.register_autograd(_backward, setup_context=_setup_context)
@@ -384,17 +452,18 @@ def _native_arguments(hidden, weight, bias, rows, labels, acc):
 
 def _with_workspace(arguments, compute, backward: bool, threads: int) -> Tensor:
     size = _native.linear_gold_workspace_bytes(arguments, _COMPUTE_CODES[compute], backward, threads)
-    workspace = torch.empty(size + 63, dtype=torch.uint8)
+    workspace = _huge_pages(torch.empty(size + 63, dtype=torch.uint8))
     arguments["workspace"] = (workspace.data_ptr() + 63) // 64 * 64
     return workspace
 
 
-def _native_forward(hidden, weight, bias, rows, labels, compute, chunk_bytes, impl):
+def _native_forward(hidden, weight, bias, rows, labels, compute, kept):
     acc = accumulation_dtype(compute)
     tensors, arguments = _native_arguments(hidden, weight, bias, rows, labels, acc)
     values = hidden.new_empty(3, len(rows), dtype=acc)  # gold, row_max, row_logsum
     for name, value in zip(("gold", "row_max", "row_logsum"), values, strict=True):
         arguments[name] = value.data_ptr()
+    _add_kept(arguments, kept, compute)
     threads = torch.get_num_threads()
     workspace = _with_workspace(arguments, compute, False, threads)
     _native.linear_gold_forward(arguments, _COMPUTE_CODES[compute], threads)
@@ -402,7 +471,19 @@ def _native_forward(hidden, weight, bias, rows, labels, compute, chunk_bytes, im
     return values
 
 
-def _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, impl):
+def _panel_rows(compute) -> int:
+    """How the native kernels of the present CPU level lay rows out in kept logits."""
+    return _native.linear_gold_panel_rows(_COMPUTE_CODES[compute])
+
+
+def _add_kept(arguments, kept: Tensor, compute) -> None:
+    """How much of the vocabulary the kept logits cover: whole groups of it."""
+    one_entry = (arguments["num_rows"] + _ROW_PADDING) * accumulation_dtype(compute).itemsize
+    groups = min(kept.numel() // (one_entry * _VOCAB_GROUP), -(-arguments["vocab"] // _VOCAB_GROUP))
+    arguments |= {"kept": kept.data_ptr() if groups else 0, "keep_vocab": groups * _VOCAB_GROUP}
+
+
+def _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, kept):
     labels, row_max, row_logsum, grad = row_values
     acc = accumulation_dtype(compute)
     tensors, arguments = _native_arguments(hidden, weight, bias, rows, labels, acc)
@@ -410,10 +491,11 @@ def _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, c
     for name, output in zip(("d_hidden", "d_weight", "d_bias"), outputs, strict=True):
         if output is not None:
             arguments |= {name: output.data_ptr(), f"{name}_dtype": DTYPE_CODES[output.dtype]}
+    _add_kept(arguments, kept, compute)
     vocab, width = weight.shape
     item = 2 if compute == torch.bfloat16 else acc.itemsize
     # One vocabulary entry of a chunk: its d logits (bfloat16: in two layouts) and its packed row of weight.
-    row_bytes = (len(rows) + 16) * acc.itemsize + (width + 16) * item
+    row_bytes = (len(rows) + _ROW_PADDING) * acc.itemsize + (width + _ROW_PADDING) * item
     arguments["chunk_vocab"] = chunk_vocab(chunk_bytes, row_bytes, vocab)
     threads = torch.get_num_threads()
     workspace = _with_workspace(arguments, compute, True, threads)

@@ -153,14 +153,17 @@ def test_opcheck(impl):
     hidden, weight, bias, labels, _ = make((2, 3, 2, 8, 21), torch.float32)
     labels = torch.where(labels < 0, NOT_COUNTED, labels)[:, None].expand(-1, 3, -1).reshape(-1)
     arguments = (hidden.flatten(0, 2).detach().requires_grad_(), weight, bias, labels)
-    rest = (torch.float32, 1 << 20, impl)
-    torch.library.opcheck(linear_gold_op, (*arguments, *rest))
-    gold, row_max, row_logsum = (t.detach() for t in linear_gold_op(*arguments, *rest))
-    detached = tuple(t.detach() for t in arguments)
-    torch.library.opcheck(
-        linear_gold_backward_op,
-        (torch.randn_like(gold), *detached, row_max, row_logsum, *rest, [True, True, True]),
+    torch.library.opcheck(linear_gold_op, (*arguments, torch.float32, 1 << 20, 0, impl))
+    keep = 1 << 10 if impl == "cpu" else 0
+    torch.library.opcheck(  # not the ones that compare results: bytes kept for nothing are not initialised
+        linear_gold_op,
+        (*arguments, torch.float32, 1 << 20, keep, impl),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
+    gold, *saved = (t.detach() for t in linear_gold_op(*arguments, torch.float32, 1 << 20, keep, impl))
+    detached = tuple(t.detach() for t in arguments)
+    rest = (_native.linear_gold_panel_rows(0), torch.float32, 1 << 20, impl, [True, True, True])
+    torch.library.opcheck(linear_gold_backward_op, (torch.randn_like(gold), *detached, *saved, *rest))
 
 
 def test_stats_are_the_by_products_of_the_same_pass():
@@ -342,6 +345,40 @@ def test_results_do_not_depend_on_threads_or_repetition(cpu_level):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_kept_logits_change_nothing(cpu_level, dtype):
+    inputs = make((3, 4, 5, 40, 301), dtype)
+    everything = 4 * (60 + 16) * 400 * (2 if dtype == torch.float64 else 1)
+    expected = loss_and_gradients(rf.linear_marginal_cross_entropy, inputs, impl="cpu")
+    for keep in (1, everything // 3, everything, 10 * everything):
+        loss, gradients = loss_and_gradients(
+            rf.linear_marginal_cross_entropy, inputs, impl="cpu", keep_logits_bytes=keep
+        )
+        assert torch.equal(loss, expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
+
+
+def test_kept_logits_are_not_read_for_other_rows_or_at_another_level():
+    inputs = make((4, 4, 5, 40, 301), torch.float32, ragged=False)
+    upstream = torch.zeros(4, 5)
+    upstream[1:, 2] = 1.0  # three positions in twenty: recomputed for them alone
+    plain = rf.linear_marginal_cross_entropy(*inputs, impl="cpu", reduction="none")
+    kept = rf.linear_marginal_cross_entropy(*inputs, impl="cpu", reduction="none", keep_logits_bytes=1 << 20)
+    expected, actual = (
+        torch.autograd.grad((loss * upstream).sum(), differentiable(inputs), retain_graph=True)
+        for loss in (plain, kept)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    expected = torch.autograd.grad(plain.sum(), differentiable(inputs))
+    _native.force_cpu_level("generic")
+    try:
+        actual = torch.autograd.grad(kept.sum(), differentiable(inputs))
+    finally:
+        _native.force_cpu_level("")
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
