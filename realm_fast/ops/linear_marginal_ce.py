@@ -525,12 +525,16 @@ def _blas_chunks(rows, weight, chunk_bytes):
     return [(begin, min(vocab, begin + step)) for begin in range(0, vocab, step)]
 
 
+def _wide_mm(a, b, acc):
+    """a @ b with the result in the accumulation dtype, never rounded to a half type on the way."""
+    if a.dtype == acc:
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=acc) if a.is_cuda else torch.mm(a.to(acc), b.to(acc))
+
+
 def _chunk_logits(hidden, weight, bias, acc):
     """[R, v] logits in the accumulation dtype from [R, H] and [v, H] in the compute dtype."""
-    if hidden.is_cuda and hidden.dtype != acc:
-        logits = torch.mm(hidden, weight.t(), out_dtype=acc)
-    else:
-        logits = torch.mm(hidden, weight.t()).to(acc)
+    logits = _wide_mm(hidden, weight.t(), acc)
     return logits if bias is None else logits.add_(bias.to(acc))
 
 
@@ -566,10 +570,8 @@ def _blas_backward(hidden, weight, bias, rows, row_values, outputs, compute, chu
                 d_bias[begin:end] = d_logits.sum(0, dtype=acc)
             if d_weight is not None:
                 d_weight[begin:end] = torch.mm(d_logits.t(), row_hidden)
-            if d_hidden is not None and d_logits.is_cuda and compute != acc:
-                total += torch.mm(d_logits, part, out_dtype=acc)
-            elif d_hidden is not None:
-                total += torch.mm(d_logits, part)
+            if d_hidden is not None:
+                total += _wide_mm(d_logits, part, acc)
     if d_hidden is not None:
         d_hidden[rows] = total.to(d_hidden.dtype)
 
