@@ -1,4 +1,4 @@
-"""The real CUDA sources of csrc/mips_topk, run on the CPU: answers, bytes, and what happens when a piece is taken out."""
+"""The real CUDA sources of csrc/mips_topk, run on the CPU: answers, bytes, and faults planted in them."""
 
 import re
 import shutil
@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from realm_fast.benchmarks.gpu import model
 
-from benchmarks.gpu import model
 from realm_fast.device_index import DeviceIndex
 from realm_fast.ops.mips_topk import mips_topk, mips_topk_reference
 from simt.harness import ROOT
