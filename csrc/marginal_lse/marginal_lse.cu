@@ -57,7 +57,7 @@ __device__ __forceinline__ void finish(A max, A sum, bool has_nan, A& marginal, 
 
 // One thread a position: neighbouring threads read neighbouring positions of a candidate.
 template <class T, class A>
-__global__ void __launch_bounds__(kThreads) forward_token(MarginalLse a) {
+__global__ void __launch_bounds__(kThreads, 8) forward_token(MarginalLse a) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= a.batch * a.positions) return;
   const int64_t b = at / a.positions, m = at % a.positions;

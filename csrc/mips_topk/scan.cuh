@@ -179,7 +179,7 @@ __device__ __forceinline__ void multiply_slab(Accumulators<T, kRows>& acc, const
     const unsigned char* a_rows = a + S::row(0) * kSlabBytes;
     const unsigned char* b_rows = b + S::column(0) * kSlabBytes;
     const int a_swizzle = (S::row(0) & 7) << 4, b_swizzle = (S::column(0) & 7) << 4;
-    constexpr int kChunks = kRows > 16 ? 1 : 2;  // unrolled
+    [[maybe_unused]] constexpr int kChunks = kRows > 16 ? 1 : 2;  // unrolled
 #pragma unroll kChunks
     for (int chunk = 0; chunk < 8; ++chunk) {
       float4 x[S::kN];
