@@ -21,6 +21,18 @@ hypothesis.settings.load_profile("realm_fast")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say so where there is none, instead of failing one by one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: `make gpu-check` on a machine that has one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """tests/data: wiki_leads.jsonl, questions.jsonl, tokenizer/, user/{documents,questions}.jsonl."""
