@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup demo demo-quick test bench bench-quick lint format docs sanitize slice clean
+.PHONY: help setup demo demo-quick test bench bench-quick gpu-check gpu-bench lint format docs sanitize slice clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -48,6 +48,12 @@ format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh')
+
+gpu-check: $(READY)  ## correctness on a GPU: pytest -m gpu, compute-sanitizer where it is
+	$(BIN)/python -m realm_fast.benchmarks.gpu.check
+
+gpu-bench: $(READY)  ## ours beside its peers on a GPU
+	$(BIN)/python -m realm_fast.benchmarks.gpu.bench
 
 sanitize: $(READY)  ## native tests under address+undefined and thread sanitizers
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run_sanitizers.sh
