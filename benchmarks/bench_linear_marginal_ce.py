@@ -33,7 +33,8 @@ import torch.nn.functional as F
 import realm_fast as rf
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MEMORY_SHAPES = {(128, 30522), (768, 30522), (384, 250002)}
+# A process for each figure takes long; these show what memory grows with: (H, V, dtype).
+MEMORY = {(128, 30522, "f32"), (768, 30522, "f32"), (768, 30522, "bf16"), (384, 250002, "f32")}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 OURS = "realm_fast"
 KEEPING = "realm_fast, logits kept"  # all of them, as most peers do
@@ -378,7 +379,7 @@ def test_linear_marginal_ce(benchmark):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench_linear_marginal_ce", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes, about a minute")
-    parser.add_argument("--seconds", type=float, default=0, help="for each case and pass (0: 15; quick: 5)")
+    parser.add_argument("--seconds", type=float, default=0, help="for each case and pass (0: 10; quick: 3)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's default)")
     parser.add_argument("--no-memory", action="store_true", help="time only")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/...; quick: none)")
@@ -404,9 +405,8 @@ def main(argv: list[str] | None = None) -> None:
         errors = check_values(case, runs)
         worst = {name: max(values.values()) for name, values in errors.items()}
         print(f"\nchecked against float64: {', '.join(f'{n} {e:.1e}' for n, e in worst.items())}", flush=True)
-        seconds = options.seconds or (5 if options.quick else 15)
-        # A process for each figure takes long; these widths show what memory grows with.
-        memory = not options.no_memory and (case.width, case.vocab) in MEMORY_SHAPES
+        seconds = options.seconds or (3 if options.quick else 10)
+        memory = not options.no_memory and (case.width, case.vocab, case.dtype) in MEMORY
         for backward in (False, True):
             rows += run_case(case, backward, runs, seconds, memory and backward)
             print_rows(rows[-len(runs) :])
