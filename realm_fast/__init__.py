@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from realm_fast.build import build_info, cpu_features
+    from realm_fast.device_index import DeviceIndex
     from realm_fast.index import FaissIndex, MipsIndex, Provenance
     from realm_fast.ops.linear_marginal_ce import MarginalStats, linear_marginal_cross_entropy
     from realm_fast.ops.marginal_lse import marginal_log_likelihood
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "NO_BLOCK": "types",
+    "DeviceIndex": "device_index",
     "FaissIndex": "index",
     "MarginalStats": "ops.linear_marginal_ce",
     "MipsIndex": "index",
@@ -33,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "NO_BLOCK",
+    "DeviceIndex",
     "FaissIndex",
     "MarginalStats",
     "MipsIndex",

@@ -24,6 +24,7 @@ from realm_fast.ops.mips_topk import (
     mips_topk,
     run_cuda,
 )
+from realm_fast.panels import MAX_INT8_DIM
 from realm_fast.types import NO_BLOCK, TopK
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -38,22 +39,25 @@ class DeviceIndex:
     def __init__(self, dtype: str, dim: int, num_rows: int, device: torch.device) -> None:
         """`num_rows` rows of zeros; use `from_embeddings`, or `store` into it as a refresh does."""
         check_choice("dtype", dtype, DTYPES)
+        if dtype == "int8" and dim > MAX_INT8_DIM:
+            raise ValueError(f"dim: expected at most {MAX_INT8_DIM} for int8, got {dim}")
         self.dtype, self.dim, self.device = dtype, dim, torch.device(device)
         self.provenance: Provenance | None = None
         self.ids: Tensor | None = None  # [N] int64 ascending; None: a row's id is its number
         code_type = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[dtype]
         per_row = _ROW_BYTES // code_type.itemsize
         stride = -(-max(dim, 1) // per_row) * per_row
-        options = {"device": self.device}
-        self.codes = torch.zeros(num_rows, stride, dtype=code_type, **options)[:, :dim]
-        self.originals: Tensor | None = None
-        if dtype != "float32":
+        self.codes = torch.zeros(num_rows, stride, dtype=code_type, device=device)[:, :dim]
+        self.originals = self.codes  # [N, D] float32
+        self.certified = dtype != "float32"
+        if self.certified:
             stride = -(-max(dim, 1) // 4) * 4
-            self.originals = torch.zeros(num_rows, stride, **options)[:, :dim]
-            self.residual = torch.zeros(num_rows, **options)  # [N] |x - x~|, rounded up
-            self.norm = torch.zeros(num_rows, **options)  # [N] |x|, rounded up
-            self.bounds = torch.zeros(2, **options)  # the largest of each
-        self.scale = torch.ones(num_rows, **options) if dtype == "int8" else None
+            self.originals = torch.zeros(num_rows, stride, device=device)[:, :dim]
+        side_rows = num_rows if self.certified else 0
+        self.residual = torch.zeros(side_rows, device=device)  # [N] |x - x~|, rounded up
+        self.norm = torch.zeros(side_rows, device=device)  # [N] |x|, rounded up
+        self.bounds = torch.zeros(2, device=device)  # the largest of each
+        self.scale = torch.ones(num_rows if dtype == "int8" else 0, device=device)  # [N], int8 only
 
     @classmethod
     def from_embeddings(
@@ -96,7 +100,7 @@ class DeviceIndex:
         cls, index: MipsIndex, device: torch.device | str, dtype: str | None = None
     ) -> "DeviceIndex":
         """The blocks of a `MipsIndex`, in ascending order of their ids, on a device."""
-        ids = index.ids()
+        ids = index.ids
         copy = cls(index.dtype if dtype is None else dtype, index.dim, len(ids), torch.device(device))
         for begin in range(0, len(ids), _STORE_ROWS):
             copy.store(begin, index.reconstruct(ids[begin : begin + _STORE_ROWS]))
@@ -115,10 +119,9 @@ class DeviceIndex:
         check_int("first_row", first_row, minimum=0, maximum=len(self) - len(emb))
         rows = slice(first_row, first_row + len(emb))
         values = emb.detach().to(self.device, torch.float32, non_blocking=True)
-        if self.originals is None:
-            self.codes[rows] = values
-            return
         self.originals[rows] = values
+        if not self.certified:
+            return
         if self.dtype == "int8":
             largest = values.abs().amax(1) if self.dim else values.new_zeros(len(values))
             scale = torch.where(largest > 0, largest / _LEVELS, 1)
@@ -140,7 +143,7 @@ class DeviceIndex:
         Raises:
             ValueError: a row is not finite, or too large for the codes.
         """
-        if self.originals is None or len(self) == 0:
+        if not self.certified or len(self) == 0:
             return
         bad = ~(self.residual.isfinite() & self.norm.isfinite())
         if bool(bad.any()):
@@ -176,9 +179,9 @@ class DeviceIndex:
         if exclude_ids is not None:
             exclude_ids = check_exclude_ids(exclude_ids, queries)
             if self.ids is not None:
-                exclude_ids = self._rows_of(exclude_ids)
+                exclude_ids = _rows_of(exclude_ids, self.ids)
         values = queries.detach().float().contiguous()
-        if self.originals is None:
+        if not self.certified:
             scores, rows = mips_topk(values, self.codes, k, exclude_ids=exclude_ids)
         else:
             choose_impl("DeviceIndex.search", "cuda", {"cuda": lambda: cuda_reason(queries, k)})
@@ -202,20 +205,12 @@ class DeviceIndex:
         call.certify(
             originals=self.originals.data_ptr(),
             original_stride=self.originals.stride(0),
-            scale=0 if self.scale is None else self.scale.data_ptr(),
+            scale=self.scale.data_ptr(),
             residual=self.residual.data_ptr(),
             norm=self.norm.data_ptr(),
             bounds=self.bounds.data_ptr(),
         )
         return call
-
-    def _rows_of(self, ids: Tensor) -> Tensor:
-        """Rows of ids, NO_BLOCK for those not in the index."""
-        if len(self.ids) == 0:
-            return torch.full_like(ids, NO_BLOCK)
-        wanted = ids.long()
-        rows = torch.searchsorted(self.ids, wanted).clamp(max=len(self.ids) - 1)
-        return torch.where(self.ids[rows] == wanted, rows, NO_BLOCK)
 
     def reconstruct(self, ids: Tensor) -> Tensor:
         """[n, D] float32, on the index's device.
@@ -224,11 +219,11 @@ class DeviceIndex:
             ValueError: an id is not in the index.
         """
         wanted = check_tensor("ids", ids, shape=["n"], dtypes=ID_DTYPES).to(self.device).long()
-        rows = wanted if self.ids is None else self._rows_of(wanted)
+        rows = wanted if self.ids is None else _rows_of(wanted, self.ids)
         missing = (rows < 0) | (rows >= len(self))
         if bool(missing.any()):
             raise ValueError(f"ids: {int(wanted[missing][0])} is not in the index")
-        return (self.codes if self.originals is None else self.originals)[rows].float()
+        return self.originals[rows]
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -236,7 +231,16 @@ class DeviceIndex:
     @property
     def nbytes(self) -> int:
         """Device memory held."""
-        tensors = [self.codes, self.originals, self.scale, self.ids]
-        if self.originals is not None:
-            tensors += [self.residual, self.norm, self.bounds]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        tensors = [self.codes, self.residual, self.norm, self.bounds, self.scale]
+        tensors += [self.originals] if self.certified else []
+        tensors += [] if self.ids is None else [self.ids]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _rows_of(ids: Tensor, known: Tensor) -> Tensor:
+    """Places of ids among `known` (ascending), NO_BLOCK for those not there."""
+    if len(known) == 0:
+        return torch.full_like(ids, NO_BLOCK)
+    wanted = ids.long()
+    rows = torch.searchsorted(known, wanted).clamp(max=len(known) - 1)
+    return torch.where(known[rows] == wanted, rows, NO_BLOCK)

@@ -47,7 +47,7 @@ def search(harness, program, tmp_path):
                 "queries": raw(queries), "blocks": raw(blocks.codes), "originals": raw(blocks.originals),
                 "block_residual": raw(blocks.residual), "block_norm": raw(blocks.norm),
                 "block_bounds": raw(blocks.bounds),
-                "block_scale": None if blocks.scale is None else raw(blocks.scale),
+                "block_scale": raw(blocks.scale) if blocks.dtype == "int8" else None,
             }  # fmt: skip
             options |= {
                 "dtype": blocks.dtype,
