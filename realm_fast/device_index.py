@@ -182,7 +182,8 @@ class DeviceIndex:
                 exclude_ids = _rows_of(exclude_ids, self.ids)
         values = queries.detach().float().contiguous()
         if not self.certified:
-            scores, rows = mips_topk(values, self.codes, k, exclude_ids=exclude_ids)
+            impl = "cuda" if self.codes.is_cuda else "auto"
+            scores, rows = mips_topk(values, self.codes, k, exclude_ids=exclude_ids, impl=impl)
         else:
             choose_impl("DeviceIndex.search", "cuda", {"cuda": lambda: cuda_reason(queries, k)})
             scores, rows = run_cuda(self._call(values, k), values, k, exclude_ids)

@@ -266,7 +266,7 @@ void check_call(const MipsTopkCuda& call) {
   if (call.num_queries < 0 || call.num_blocks < 0 || call.dim < 0) fail("a negative size");
   if (call.num_blocks >= (int64_t{1} << 32) - 1) fail("blocks: the CUDA kernels take fewer than 2^32 - 1");
   if (call.num_seeds > (1 << 20)) fail("num_seeds: at most 2^20");
-  if (call.dim > (1 << 20)) fail("D: the CUDA kernels take at most 2^20");
+  if (call.dim > (1 << 18)) fail("D: the CUDA kernels take at most 2^18");
   if (call.originals != nullptr && call.dtype != ScanDtype::kInt8 && call.dtype != ScanDtype::kBFloat16) {
     fail("a certified scan reads bfloat16 or int8 codes");
   }

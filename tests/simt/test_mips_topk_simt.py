@@ -123,6 +123,14 @@ def test_hard_orders(search, case, options):
     assert_answer(search(queries, blocks, 150, num_seeds=128, **options), queries, blocks, 150)
 
 
+def test_more_queries_than_a_pass_takes(search):
+    """2048 at a time over one workspace; every pass finds its own queries, exclusions and outputs."""
+    rng = np.random.default_rng(31)
+    queries, blocks = integers(rng, (2060, 8), "float32"), integers(rng, (200, 8), "float32")
+    exclude = mips_topk_reference(queries, blocks, 1).ids
+    assert_answer(search(queries, blocks, 2, exclude, num_seeds=128), queries, blocks, 2, exclude)
+
+
 def test_exclusions_special_values_and_short_answers(search):
     rng = np.random.default_rng(3)
     queries, blocks = integers(rng, (9, 24), "float32"), integers(rng, (700, 24), "float32")
@@ -234,13 +242,15 @@ def test_queries_that_are_not_finite_are_searched_in_full(search):
     ("options", "message"),
     [
         ({"k": 2049}, "k: the CUDA kernels take 0..2048"),
+        ({"k": 3, "dim": 300_000}, "D: the CUDA kernels take at most 2^18"),
         ({"k": 3, "compute_capability": 75}, "compute capability 8.0"),
         ({"k": 3, "shared_bytes_per_block": 20000}, "too little shared memory"),
     ],
 )
 def test_refusals_name_their_reason(search, options, message):
-    queries, blocks = torch.ones(2, 8), torch.ones(40, 8)
     options = dict(options)
+    dim = options.pop("dim", 8)
+    queries, blocks = torch.ones(2, dim), torch.ones(4, dim)
     run = search(queries, blocks, options.pop("k"), **options)
     assert message in run.raised
     assert run.errors == []
