@@ -76,9 +76,15 @@ REALM_FAST_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 // Adds `Count` consecutive tokens to sum[0, H), as a balanced tree.
 template <EpilogueType Type, int Count>
 REALM_FAST_INLINE void add_tokens(const char* first, int64_t stride_bytes, int64_t hidden_dim, float* sum) {
+  constexpr int64_t kSize = Type == EpilogueType::kFloat32 ? 4 : 2;
   for (int64_t h = 0; h < hidden_dim; h += kLanes) {
     vec part[Count];
-    for (int t = 0; t < Count; ++t) part[t] = widen<Type>(first + t * stride_bytes, h, hidden_dim - h);
+    for (int t = 0; t < Count; ++t) {
+      part[t] = widen<Type>(first + t * stride_bytes, h, hidden_dim - h);
+      // The rows are too short for the hardware to see that the next ones follow.
+      if (Count > 1 && h * kSize % 64 == 0)
+        __builtin_prefetch(first + (t + 2 * Count) * stride_bytes + h * kSize);
+    }
     for (int width = 1; width < Count; width *= 2) {
       for (int t = 0; t < Count; t += 2 * width) part[t] += part[t + width];
     }
