@@ -278,16 +278,16 @@ def linear_gold_op(
     """
     rows = _counted_rows(labels, weight.shape[0])  # [R]
     acc = accumulation_dtype(compute)
-    outputs = tuple(hidden.new_zeros(labels.shape[0], dtype=acc) for _ in range(3))
+    gold, row_max, row_logsum = (hidden.new_zeros(labels.shape[0], dtype=acc) for _ in range(3))
     kept = _huge_pages(_empty_kept(hidden, weight, compute, keep_bytes))
     if len(rows):
         if impl == "cpu":
             values = _native_forward(hidden, weight, bias, rows, labels[rows], compute, kept)
         else:
             values = _blas_forward(hidden, weight, bias, rows, labels[rows], compute, chunk_bytes, impl)
-        for output, value in zip(outputs, values, strict=True):
+        for output, value in zip((gold, row_max, row_logsum), values, strict=True):
             output[rows] = value
-    return *outputs, kept
+    return gold, row_max, row_logsum, kept
 
 
 def _empty_kept(hidden: Tensor, weight: Tensor, compute: torch.dtype, keep_bytes: int) -> Tensor:
