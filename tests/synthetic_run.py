@@ -6,7 +6,6 @@ The texts are true sentences; every number is invented, but consistent: the marg
 parts, responsibilities are posteriors, gradients are p(z|x) less the responsibility.
 """
 
-
 import json
 import math
 import random

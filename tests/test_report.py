@@ -1,7 +1,5 @@
 """realm_fast.report: the page says what the run's files say, escapes them, and does without missing ones."""
 
-
-
 import base64
 import hashlib
 import itertools

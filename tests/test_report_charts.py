@@ -1,7 +1,5 @@
 """realm_fast.report.charts: values land where they belong, whatever the values are."""
 
-
-
 import json
 import math
 import re

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "embed_epilogue/embed_epilogue.h"
-#include "marginal_lse/simd.h"
+#include "core/simd.h"
 
 namespace realm_fast {
 namespace {

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "linear_marginal_ce/linear_gold.h"
-#include "marginal_lse/simd.h"
+#include "core/simd.h"
 
 namespace realm_fast {
 namespace {

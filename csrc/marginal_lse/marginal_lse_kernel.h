@@ -2,7 +2,7 @@
 #pragma once
 
 #include "marginal_lse/marginal_lse.h"
-#include "marginal_lse/simd.h"
+#include "core/simd.h"
 
 namespace realm_fast {
 namespace {

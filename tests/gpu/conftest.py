@@ -1,7 +1,6 @@
 from pathlib import Path
 
 import pytest
-
 from realm_fast.benchmarks.gpu import environment
 
 HERE = Path(__file__).parent
