@@ -190,7 +190,7 @@ def record_stage(path: Path, name: str) -> Iterator[dict[str, Any]]:
         "stage": name,
         "seconds": round(time.monotonic() - begin, 3),
         "started": started,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program_name(), *sys.argv[1:]]),
         "peak_rss_bytes": peak_rss_bytes(),
         "details": details,
     }
@@ -198,6 +198,11 @@ def record_stage(path: Path, name: str) -> Iterator[dict[str, Any]]:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
     if interrupted is not None:
         raise interrupted
+
+
+def _program_name() -> str:
+    name = Path(sys.argv[0]).name
+    return "realm-fast" if name == "__main__.py" else name  # python -m realm_fast
 
 
 def now_iso() -> str:
