@@ -39,7 +39,7 @@ class RunFolder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise DataError(
-                f"{self.path}: no such run folder; `realm-fast pretrain {self.path} --corpus CORPUS` makes it."
+                f"{self.path}: no such run; `realm-fast pretrain {self.path} --corpus CORPUS` makes it."
             )
         if not self.manifest_path.is_file():
             raise DataError(f"{self.path}: not a run folder (run.json is missing).")

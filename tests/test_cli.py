@@ -190,7 +190,7 @@ def test_building_again_changes_nothing(world, capsys, data_dir):
         (["pretrain", "{world}/run", "--resume", "--steps", "9"], "pretrain.steps: the checkpoint has 4, now it is 9"),
         (["pretrain", "{tmp}/new", "--corpus", "{world}/corpus", "--set", "pretrain.num_candidates=0"], "expected a value >= 1"),
         (["finetune", "{tmp}/none"], "a new run needs --corpus"),
-        (["evaluate", "{tmp}/none"], "no such run folder"),
+        (["evaluate", "{tmp}/none"], "no such run"),
         (["evaluate", "{world}/run", "--questions", "{tmp}/none.jsonl"], "none.jsonl"),
         (["ask", "{world}/run", "   "], "it has no words"),
         (["explain", "{world}/run", "no mask here"], "expected a [MASK]"),

@@ -370,6 +370,8 @@ def test_ctrl_c_ends_a_long_search(threads):
     threads(2)
     queries, blocks = torch.randn(1024, 64), torch.randn(200_000, 64)
     _native.force_cpu_level("generic")  # at least a second
+    # A process started in the background inherits an ignored SIGINT; this test needs Python's own handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     timer.start()
     try:
@@ -379,6 +381,7 @@ def test_ctrl_c_ends_a_long_search(threads):
         assert time.monotonic() - begin < 5
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
         _native.force_cpu_level("")
     assert mips_topk(queries[:2], blocks[:100], 5).ids.shape == (2, 5)  # and nothing is left broken
 
