@@ -358,12 +358,17 @@ REALM_FAST_INLINE void accumulate(const LinearGoldPlan& plan, const Tile<C, NV>&
   const int32_t* label = part<int32_t>(plan, plan.at.label) + first;
   REALM_FAST_UNROLL
   for (int j = 0; j < NV; ++j) {
-    vec g = V::load(gold + j * V::lanes);
+    vec g = vec{};
     REALM_FAST_UNROLL
     for (int r = 0; r < C::rows; ++r) {
       g = V::where_equal(label + j * V::lanes, static_cast<int32_t>(v + r), tile.v[r][j], g);
     }
-    V::store(gold + j * V::lanes, g);
+    // Only the rows whose label is here are written: other slices write their neighbours at the same time, and a
+    // store of the whole vector would undo theirs.
+    for (int i = 0; i < V::lanes; ++i) {
+      const int64_t entry = label[j * V::lanes + i] - v;
+      if (entry >= 0 && entry < C::rows) gold[j * V::lanes + i] = g[i];
+    }
   }
 }
 

@@ -41,9 +41,6 @@ NOT_COUNTED = -(2**63)  # the label of a row that does not count, whatever ignor
 _VOCAB_GROUP = 8  # csrc/linear_marginal_ce/linear_gold.h: kVocabGroup
 _ROW_PADDING = 16  # the longest vector: rows and columns are rounded up to whole ones
 _KEEP_SHARE = 0.75  # recomputing costs a quarter of the whole: worth it for a quarter fewer rows
-# One thread: with two or more, about one call in a few hundred returned a wrong loss (a data race in the
-# native kernels, not found yet). CHANGELOG.md lists it as a known defect.
-_NUM_THREADS = 1
 _COMPUTE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
@@ -467,7 +464,7 @@ def _native_forward(hidden, weight, bias, rows, labels, compute, kept):
     for name, value in zip(("gold", "row_max", "row_logsum"), values, strict=True):
         arguments[name] = value.data_ptr()
     _add_kept(arguments, kept, compute)
-    threads = _NUM_THREADS
+    threads = torch.get_num_threads()
     workspace = _with_workspace(arguments, compute, False, threads)
     _native.linear_gold_forward(arguments, _COMPUTE_CODES[compute], threads)
     del tensors, workspace
@@ -500,7 +497,7 @@ def _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, c
     # One vocabulary entry of a chunk: its d logits (bfloat16: in two layouts) and its packed row of weight.
     row_bytes = (len(rows) + _ROW_PADDING) * acc.itemsize + (width + _ROW_PADDING) * item
     arguments["chunk_vocab"] = chunk_vocab(chunk_bytes, row_bytes, vocab)
-    threads = _NUM_THREADS
+    threads = torch.get_num_threads()
     workspace = _with_workspace(arguments, compute, True, threads)
     _native.linear_gold_backward(arguments, _COMPUTE_CODES[compute], threads)
     del tensors, workspace

@@ -606,3 +606,21 @@ def test_cuda_against_float64(shape, dtype, level, reduction):
     gradients = torch.autograd.grad((loss * upstream).sum(), differentiable(device))
     for name, a, e, t in zip(NAMES, gradients, eager[1], truth[1], strict=True):
         assert_as_good_as_torch(a.cpu(), t, e, what=f"d {name}")
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_threads_do_not_undo_each_others_rows(threads):
+    """Slices of the vocabulary find the gold logits of neighbouring rows at the same time; none may get lost."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 8, 3, 32, dtype=torch.float64), torch.randn(1000, 32, dtype=torch.float64)
+    bias, labels = torch.zeros(1000, dtype=torch.float64), torch.randint(1000, (4, 3))
+    arguments = (hidden, weight, bias, labels, torch.randn(4, 8, dtype=torch.float64))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN: a lost value shows
+    try:
+        losses = {linear_marginal_cross_entropy(*arguments, impl="cpu").item() for _ in range(500)}
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(before)
+    assert losses == {linear_marginal_cross_entropy(*arguments, impl="cpu").item()}
