@@ -619,8 +619,8 @@ def test_threads_do_not_undo_each_others_rows(threads):
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN: a lost value shows
     try:
-        losses = {linear_marginal_cross_entropy(*arguments, impl="cpu").item() for _ in range(500)}
+        losses = {rf.linear_marginal_cross_entropy(*arguments, impl="cpu").item() for _ in range(500)}
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_num_threads(before)
-    assert losses == {linear_marginal_cross_entropy(*arguments, impl="cpu").item()}
+    assert losses == {rf.linear_marginal_cross_entropy(*arguments, impl="cpu").item()}
