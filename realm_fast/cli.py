@@ -264,7 +264,7 @@ def _corpus_show(arguments: argparse.Namespace) -> None:
 
 def _index_build(arguments: argparse.Namespace) -> None:
     from realm_fast.embedder import Embedder
-    from realm_fast.snapshot import build_index_folder
+    from realm_fast.snapshot_writer import build_index_folder
     from realm_fast.token_store import TokenStore
 
     config = _load_config(arguments)
@@ -282,14 +282,13 @@ def _index_build(arguments: argparse.Namespace) -> None:
 
 def _index_info(arguments: argparse.Namespace) -> None:
     import json
-    from dataclasses import asdict
 
     from realm_fast.index import MipsIndex
     from realm_fast.snapshot import read_manifest
 
     path = Path(arguments.index)
     if path.is_dir():
-        print(json.dumps(asdict(read_manifest(path)), indent=2))
+        print(json.dumps(read_manifest(path).summary(), indent=2))
         return
     index = MipsIndex.load(path, mmap=True)
     print(

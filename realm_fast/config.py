@@ -128,6 +128,12 @@ class RefreshConfig:
         0, "the trainer waits rather than exceed this (0: never waits)", minimum=0
     )
     token_budget: int = setting(8192, "tokens in one pack of blocks, padding included", minimum=512)
+    shard_blocks: int = setting(
+        16416, "blocks in one file of an index snapshot, a multiple of 48", minimum=48
+    )
+    publish_every_shards: int = setting(
+        0, "publish new shards among the older ones after every so many (0: when all are done)", minimum=0
+    )
     num_threads: int = setting(1, "torch threads of a refresher process", minimum=1)
     keep_snapshots: int = setting(2, "older ones are deleted unless a checkpoint needs them", minimum=1)
     max_restarts: int = setting(5, "of a refresher process that dies, with back-off", minimum=0)

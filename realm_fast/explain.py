@@ -23,7 +23,7 @@ from realm_fast.model import RealmModel
 from realm_fast.reader import Reader
 from realm_fast.retriever import Candidates, retrieve_candidates
 from realm_fast.run_folder import RunFolder
-from realm_fast.snapshot import open_snapshot, snapshot_name
+from realm_fast.snapshot import open_snapshot, trained_snapshot
 from realm_fast.tokenizer import Tokenizer
 from realm_fast.types import NO_BLOCK
 
@@ -198,8 +198,7 @@ def explain_sentence(run: RunFolder, sentence: str) -> dict[str, Any]:
     )
     if len(query.tokens) > max(longest, 8):
         raise UserError(f"sentence: expected at most {max(longest, 8)} wordpieces, got {len(query.tokens)}.")
-    folder = run.pretrain_dir / "snapshots" / snapshot_name(checkpoint.state["snapshot_step"])
-    index = open_snapshot(folder).index
+    index = open_snapshot(trained_snapshot(run.pretrain_dir / "snapshots", checkpoint.state)).index
     candidates = retrieve_candidates(
         index,
         store,

@@ -10,7 +10,7 @@ docs/ops/mips_topk.md. `FaissIndex` offers faiss's approximate indexes behind th
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +143,7 @@ class _Rows:
     ranks: _Ranks | None = None  # made when needed; dropped when ids change
     provenance: "Provenance | None" = None
     lock: _SharedLock = field(default_factory=_SharedLock)
+    held: object = None  # lives as long as the rows do: what keeps a mapped snapshot from being deleted
 
     def ids_of_all(self) -> np.ndarray:
         return np.arange(self.num_rows) if self.ids is None else self.ids[: self.num_rows]
@@ -592,13 +593,8 @@ class MipsIndex:
         """
         path = Path(path)
         check_choice("originals", originals, ("memory", "mapped"))
-        tensors, metadata = index_file.read(path, "MipsIndex", verify=not mmap if verify is None else verify)
+        tensors, metadata = _read_file(path, verify=not mmap if verify is None else verify)
         provenance = _checked_provenance(metadata, expect, path)
-        if metadata["layout_version"] != str(LAYOUT_VERSION):
-            raise CorruptArtifactError(
-                f"{path}: its layout is version {metadata['layout_version']}, this library reads "
-                f"{LAYOUT_VERSION}; build the index again."
-            )
         rows = _Rows(int(metadata["dim"]), metadata["dtype"], None, provenance=provenance)
         rows.num_rows, rows.next_id = int(metadata["num_rows"]), int(metadata["next_id"])
         arrays = {name: tensors[name] for name in Slab.ARRAYS if name in tensors}
@@ -616,6 +612,56 @@ class MipsIndex:
         if "alive" in tensors:
             rows.alive = np.array(tensors["alive"])
             rows.num_deleted = rows.num_rows - int(rows.alive.sum())
+        return cls(rows)
+
+    @classmethod
+    def map_shards(
+        cls,
+        paths: Sequence[str | Path],
+        header_hashes: Sequence[str],
+        *,
+        provenance: Provenance | None = None,
+        held: object = None,
+        verify: bool = False,
+    ) -> "MipsIndex":
+        """Maps files that hold an index in pieces, each a stretch of rows: row i over all of them is block i.
+
+        Takes a time that grows with the number of files, not with their size; nothing is copied.
+
+        Args:
+            paths: the files, in the order of their rows; of one dtype and width, without deleted rows.
+            header_hashes: the `header_sha256` that each must have (which also says what its data hashes to).
+            provenance: of the whole.
+            held: kept alive as long as the rows are.
+            verify: hash the data too, which reads all of it.
+
+        Raises:
+            DataError: a file does not exist.
+            CorruptArtifactError: one is not the file that was meant, or not as it was written.
+        """
+        rows: _Rows | None = None
+        irregular = []
+        for path, header_hash in zip(map(Path, paths), header_hashes, strict=True):
+            tensors, metadata = _read_file(path, verify=verify)
+            if metadata["header_sha256"] != header_hash:
+                raise CorruptArtifactError(
+                    f"{path}: a whole index file, but another one than was written here."
+                )
+            dim, dtype, count = int(metadata["dim"]), metadata["dtype"], int(metadata["num_rows"])
+            if rows is None:
+                rows = _Rows(dim, dtype, None, provenance=provenance, held=held)
+            if (rows.dim, rows.dtype) != (dim, dtype) or "alive" in tensors:
+                raise CorruptArtifactError(
+                    f"{path}: expected {rows.dtype} rows of width {rows.dim}, none of them deleted."
+                )
+            arrays = {name: tensors[name] for name in Slab.ARRAYS if name in tensors}
+            rows.slabs.append(Slab(dtype, dim, count, mapped=set(arrays), **arrays))
+            irregular.append(tensors["irregular"] + rows.num_rows)
+            rows.num_rows += count
+        if rows is None:
+            raise ValueError("paths: expected at least one file")
+        rows.next_id = rows.num_rows
+        rows.irregular = np.concatenate(irregular)
         return cls(rows)
 
     def to_faiss(self) -> Any:
@@ -824,6 +870,16 @@ def _import_faiss() -> Any:
     except ImportError:
         raise MissingDependencyError("this needs faiss: pip install 'realm_fast[faiss]'.") from None
     return faiss
+
+
+def _read_file(path: Path, *, verify: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    tensors, metadata = index_file.read(path, "MipsIndex", verify=verify)
+    if metadata["layout_version"] != str(LAYOUT_VERSION):
+        raise CorruptArtifactError(
+            f"{path}: its layout is version {metadata['layout_version']}, this library reads "
+            f"{LAYOUT_VERSION}; build the index again."
+        )
+    return tensors, metadata
 
 
 def _checked_provenance(metadata: dict[str, str], expect: Provenance | None, path: Path) -> Provenance | None:

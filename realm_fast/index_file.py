@@ -8,11 +8,11 @@ safetensors demands, its metadata carries `data_sha256`, the hash of everything 
 
 import hashlib
 import json
-import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from realm_fast.errors import CorruptArtifactError, DataError
 from realm_fast.files import atomic_file
@@ -84,6 +84,33 @@ def read(path: Path, kind: str, *, verify: bool) -> tuple[dict[str, np.ndarray],
         DataError: there is no such file.
         CorruptArtifactError: it is not a file of this kind, or not as it was written.
     """
+    entries, metadata, data_begin, size = _read_header(path, kind)
+    if size == data_begin:
+        data = np.empty(0, np.uint8)
+    else:
+        # mmap.mmap would keep a descriptor for each mapping; an index of many shards would run out of them
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()[data_begin:]
+    if verify:
+        digest = hashlib.sha256()
+        for begin in range(0, len(data), _CHUNK_BYTES):
+            digest.update(data[begin : begin + _CHUNK_BYTES].data)
+        if digest.hexdigest() != metadata["data_sha256"]:
+            raise CorruptArtifactError(f"{path}: its data is not as it was written (wrong sha256).")
+    return {
+        name: data[begin:end].view(_TYPES[dtype]).reshape(shape)
+        for name, (dtype, shape, begin, end) in entries.items()
+    }, metadata
+
+
+def read_metadata(path: Path, kind: str) -> dict[str, str]:
+    """The file's metadata, in a time that does not depend on its size; raises what `read` raises."""
+    return _read_header(path, kind)[1]
+
+
+def _read_header(
+    path: Path, kind: str
+) -> tuple[dict[str, tuple[str, tuple[int, ...], int, int]], dict[str, str], int, int]:
+    """(tensors by name, metadata, where the data begins, the file's size), checked against each other."""
     if not path.is_file():
         raise DataError(f"{path}: the index file does not exist.")
     size = path.stat().st_size
@@ -112,21 +139,7 @@ def read(path: Path, kind: str, *, verify: bool) -> tuple[dict[str, np.ndarray],
     expected = data_begin + max((end for _, _, _, end in entries.values()), default=0)
     if size != expected:
         raise CorruptArtifactError(f"{path}: {size} bytes, but its header says {expected}.")
-    if size == data_begin:
-        data = np.empty(0, np.uint8)
-    else:
-        with open(path, "rb") as file:
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)[data_begin:]
-    if verify:
-        digest = hashlib.sha256()
-        for begin in range(0, len(data), _CHUNK_BYTES):
-            digest.update(data[begin : begin + _CHUNK_BYTES].data)
-        if digest.hexdigest() != metadata["data_sha256"]:
-            raise CorruptArtifactError(f"{path}: its data is not as it was written (wrong sha256).")
-    return {
-        name: data[begin:end].view(_TYPES[dtype]).reshape(shape)
-        for name, (dtype, shape, begin, end) in entries.items()
-    }, metadata
+    return entries, metadata, data_begin, size
 
 
 def _header(metadata: Mapping[str, str], table: Mapping[str, object], data_sha256: str) -> bytes:

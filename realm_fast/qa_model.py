@@ -10,7 +10,6 @@ holds no such index (a refresh lags behind training), one is made.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,13 +21,14 @@ from realm_fast.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from realm_fast.config import Config
 from realm_fast.embedder import Embedder
 from realm_fast.errors import DataError, ProvenanceError, RealmFastError
-from realm_fast.files import atomic_dir, remove_staging
+from realm_fast.files import atomic_dir, link_or_copy
 from realm_fast.index import Index, Provenance
 from realm_fast.optim import step_seed
 from realm_fast.reader import Reader, SpanReader
 from realm_fast.reading import ReadSettings
 from realm_fast.run_folder import RunFolder
-from realm_fast.snapshot import list_snapshots, open_snapshot, read_manifest, snapshot_name, write_snapshot
+from realm_fast.snapshot import list_snapshots, open_snapshot, read_manifest, snapshot_name
+from realm_fast.snapshot_writer import write_snapshot
 from realm_fast.token_store import TokenStore
 
 log = logging.getLogger(__name__)
@@ -123,8 +123,6 @@ def index_of(
             log.info(
                 "no index of this run was made by these weights: embedding %d blocks into %s", len(store), out
             )
-            out.mkdir(parents=True, exist_ok=True)
-            remove_staging(out)
             return write_snapshot(
                 out,
                 step,
@@ -132,6 +130,7 @@ def index_of(
                 store,
                 config.index,
                 token_budget=config.refresh.token_budget,
+                shard_blocks=config.refresh.shard_blocks,
                 progress=progress,
             )
     if not adopt or path.parent == out:
@@ -141,7 +140,7 @@ def index_of(
         shutil.rmtree(target)
     with atomic_dir(target) as staging:
         for file in path.iterdir():
-            _link_or_copy(file, staging / file.name)
+            link_or_copy(file, staging / file.name)
     return target
 
 
@@ -229,10 +228,3 @@ def _name_in(run: RunFolder, path: Path) -> str:
         return path.resolve().relative_to(run.path.resolve()).as_posix()
     except ValueError:
         return str(path)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)  # snapshots never change, so two names may share the data
-    except OSError:
-        shutil.copy2(source, target)

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +30,8 @@ from typing import Protocol
 from realm_fast.config import IndexConfig, RefreshConfig
 from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStopped
-from realm_fast.snapshot import IndexSnapshot, open_snapshot, snapshot_name, write_snapshot
+from realm_fast.snapshot import IndexSnapshot, open_snapshot, snapshot_name
+from realm_fast.snapshot_writer import write_snapshot
 from realm_fast.token_store import TokenStore
 
 RESTART_BACK_OFF_S = 0.5  # doubled after each restart in a row
@@ -79,12 +80,15 @@ class RefreshTask:
         step: int,
         embedder: Embedder,
         *,
+        shard_order: Sequence[int] | None = None,
         should_stop: Callable[[], bool] | None = None,
         progress: bool = False,
     ) -> Path:
         return write_snapshot(
             self.folder, step, embedder, self.store, self.index,
-            token_budget=self.refresh.token_budget, should_stop=should_stop, progress=progress,
+            token_budget=self.refresh.token_budget, shard_blocks=self.refresh.shard_blocks,
+            shard_order=shard_order, publish_every_shards=self.refresh.publish_every_shards,
+            should_stop=should_stop, progress=progress,
         )  # fmt: skip
 
 

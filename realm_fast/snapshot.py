@@ -1,207 +1,301 @@
 """Index snapshots: what a refresh publishes and a trainer searches.
 
-A snapshot is a folder that is complete or absent:
+    snapshots/step-00000500/shard-00000.safetensors    an index file over blocks 0 .. S-1
+    snapshots/step-00000500/shard-00001.safetensors    ... over blocks S .. 2S-1, and so on
+    snapshots/step-00000500/manifest.json              what each shard is, and whose weights made it
+    snapshots/step-00001000-part-00004/...             four shards of step 1000's weights, the others older
 
-    snapshots/step-00000500/index.safetensors    the index, stamped with encoder hash, corpus hash and step
-    snapshots/step-00000500/manifest.json        its size, hash and how it was made
-
-It is written under another name, synced to disk and renamed, so that a reader meets only whole ones.
+A snapshot's folder is complete or absent and never changes. This module says what one is, opens it and
+deletes it; realm_fast.snapshot_writer makes them; docs/refresh.md has the whole protocol.
 """
 
-import contextlib
+import fcntl
+import os
 import re
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+import tempfile
+import threading
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from realm_fast.config import Config, IndexConfig
-from realm_fast.embedder import Embedder
-from realm_fast.embedding import EmbeddingStats, Precision, embed_blocks
-from realm_fast.errors import CorruptArtifactError, DataError, ProvenanceError
-from realm_fast.files import atomic_dir, read_json, sha256_file, write_json
+from realm_fast import index_file
+from realm_fast.errors import CorruptArtifactError, DataError
+from realm_fast.files import STAGING_PREFIX, fsync_dir, read_json
 from realm_fast.index import FaissIndex, Index, MipsIndex, Provenance
-from realm_fast.token_store import TokenStore
 
-INDEX_FILE = "index.safetensors"
+FORMAT_VERSION = 2  # 1 was one file for the whole index
 MANIFEST_FILE = "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})")
+MIXED = "mixed"  # stands for the encoder's hash where shards of several encoders are searched together
+_NAME = re.compile(r"step-(\d{8,})(?:-part-(\d{5,}))?")
+
+
+# --- what a snapshot is -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One shard: a file, the blocks in it, and the weights that embedded them."""
+
+    file: str
+    first_block: int
+    num_blocks: int
+    bytes: int
+    sha256: str  # of the file's header, which holds that of the data: checked whenever the file is opened
+    step: int
+    encoder_hash: str
 
 
 @dataclass(frozen=True)
 class SnapshotManifest:
-    """How a snapshot was made."""
+    """What a snapshot consists of and how it was made."""
 
-    step: int
-    encoder_hash: str
+    format_version: int
+    step: int  # of the newest weights in it
     corpus_hash: str
     backend: str
     dtype: str
-    num_blocks: int
     dim: int
-    bytes: int
-    sha256: str
-    seconds: float
+    num_blocks: int
+    shard_blocks: int  # blocks in every shard but the last
+    seconds: float  # the process that finished it spent on embedding, and how many blocks a second it did
     blocks_per_s: float
-    padding_waste: float
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def encoder_hash(self) -> str:
+        """Of the one encoder that made all of it, or MIXED."""
+        hashes = {shard.encoder_hash for shard in self.shards}
+        return hashes.pop() if len(hashes) == 1 else MIXED
+
+    @property
+    def newest_encoder_hash(self) -> str:
+        """Of the encoder of `step`."""
+        return next(shard.encoder_hash for shard in self.shards if shard.step == self.step)
+
+    @property
+    def oldest_step(self) -> int:
+        return min(shard.step for shard in self.shards)
+
+    @property
+    def fresh_shards(self) -> int:
+        """How many were made by the weights of `step`."""
+        return sum(shard.step == self.step for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    def summary(self) -> dict[str, Any]:
+        """For people: all of it but the list of shards."""
+        values = {**asdict(self), "shards": len(self.shards), "fresh_shards": self.fresh_shards}
+        return {**values, "bytes": self.bytes, "encoder_hash": self.encoder_hash}
 
 
 @dataclass(frozen=True)
 class IndexSnapshot:
-    """An index nobody changes any more, and the step whose weights made it."""
+    """An index nobody changes any more, and the step whose weights made it (the newest, where mixed)."""
 
     step: int
     index: Index
     manifest: SnapshotManifest
     path: Path
 
+    @property
+    def oldest_step(self) -> int:
+        return self.manifest.oldest_step
 
-def snapshot_name(step: int) -> str:
-    return f"step-{step:08d}"
+
+class Published(NamedTuple):
+    """A complete folder among the snapshots; a later one is newer."""
+
+    step: int
+    is_whole: bool  # all shards are of one step
+    fresh_shards: int  # of a partial one
+    path: Path
 
 
-def list_snapshots(folder: Path) -> dict[int, Path]:
-    """Complete snapshots by step, oldest first."""
-    found = {}
+def snapshot_name(step: int, fresh_shards: int | None = None) -> str:
+    return f"step-{step:08d}" + ("" if fresh_shards is None else f"-part-{fresh_shards:05d}")
+
+
+def published_snapshots(folder: Path) -> list[Published]:
+    """Whole and partial snapshots, oldest first."""
+    found = []
     if folder.is_dir():
         for path in folder.iterdir():
             match = _NAME.fullmatch(path.name)
             if match and (path / MANIFEST_FILE).is_file():
-                found[int(match[1])] = path
-    return dict(sorted(found.items()))
+                found.append(Published(int(match[1]), match[2] is None, int(match[2] or 0), path))
+    return sorted(found)
 
 
-def write_snapshot(
-    folder: Path,
-    step: int,
-    embedder: Embedder,
-    store: TokenStore,
-    config: IndexConfig,
-    *,
-    token_budget: int,
-    precision: Precision = "float32",
-    progress: bool = False,
-    should_stop: Callable[[], bool] | None = None,
-) -> Path:
-    """Embeds every block and publishes the index as `folder`/step-XXXXXXXX.
-
-    A complete snapshot of the same step, encoder and corpus is left as it is; one of that step from other
-    weights (a future that was rolled back) is replaced.
-    """
-    path = folder / snapshot_name(step)
-    provenance = Provenance(encoder_hash=embedder.hash(), corpus_hash=store.corpus_hash, step=step)
-    if _is_made_from(path, provenance):
-        return path
-    if path.is_dir():
-        shutil.rmtree(path)
-    stats = EmbeddingStats()
-    embeddings = embed_blocks(
-        embedder, store, token_budget=token_budget, precision=precision, progress=progress,
-        should_stop=should_stop, stats=stats,
-    )  # [N, D]  # fmt: skip
-    index: Index
-    if config.backend == "faiss":
-        index = FaissIndex.from_embeddings(embeddings, config.faiss_factory, provenance=provenance)
-    else:
-        index = MipsIndex.from_embeddings(embeddings, dtype=config.dtype, provenance=provenance)
-    with atomic_dir(path) as staging:
-        index.save(staging / INDEX_FILE)
-        manifest = SnapshotManifest(
-            step=step,
-            encoder_hash=provenance.encoder_hash,
-            corpus_hash=provenance.corpus_hash,
-            backend=config.backend,
-            dtype=config.dtype,
-            num_blocks=len(index),
-            dim=embeddings.shape[1],
-            bytes=(staging / INDEX_FILE).stat().st_size,
-            sha256=sha256_file(staging / INDEX_FILE),
-            seconds=round(stats.seconds, 3),
-            blocks_per_s=round(stats.blocks_per_s, 1),
-            padding_waste=round(stats.padding_waste, 4),
-        )
-        write_json(staging / MANIFEST_FILE, asdict(manifest))
-    return path
+def list_snapshots(folder: Path) -> dict[int, Path]:
+    """Whole snapshots (every shard by the weights of one step) by step, oldest first."""
+    return {one.step: one.path for one in published_snapshots(folder) if one.is_whole}
 
 
-def build_index_folder(
-    out: Path, embedder: Embedder, store: TokenStore, config: Config, *, progress: bool = False
-) -> SnapshotManifest:
-    """Embeds every block into `out`: a folder with the index, its manifest and the embedder that made it.
-
-    Raises:
-        DataError: `out` exists and holds something else, or the index of other weights.
-    """
-    provenance = Provenance(encoder_hash=embedder.hash(), corpus_hash=store.corpus_hash, step=0)
-    if out.exists():
-        if not _is_made_from(out, provenance):
-            raise DataError(f"{out}: exists already, and is not the index of these weights and this corpus.")
-        return read_manifest(out)
-    with atomic_dir(out) as staging:
-        built = write_snapshot(
-            staging,
-            0,
-            embedder,
-            store,
-            config.index,
-            token_budget=config.refresh.token_budget,
-            progress=progress,
-        )
-        for file in built.iterdir():
-            file.rename(staging / file.name)
-        built.rmdir()
-        embedder.save(staging / "embedder")
-    return read_manifest(out)
+def trained_snapshot(folder: Path, state: Mapping[str, Any]) -> Path:
+    """The snapshot in `folder` that a pre-training checkpoint with this state searches."""
+    if "snapshot" not in state:
+        raise DataError("the checkpoint names no snapshot: it was written before snapshots had shards.")
+    return folder / state["snapshot"]
 
 
-def _is_made_from(path: Path, provenance: Provenance) -> bool:
-    with contextlib.suppress(DataError, CorruptArtifactError, ProvenanceError):
-        manifest = open_snapshot(path, expect=provenance, verify=True).manifest
-        return manifest.step == provenance.step
-    return False
+# --- opening one --------------------------------------------------------------------------------------------
 
 
 def read_manifest(path: Path) -> SnapshotManifest:
-    values = read_json(path / MANIFEST_FILE, "the snapshot's manifest")
+    """Reads and checks a snapshot's manifest.
+
+    Raises:
+        DataError: there is none, or one of another format.
+        CorruptArtifactError: it is damaged.
+    """
+    file = path / MANIFEST_FILE
+    values = read_json(file, "the snapshot's manifest")
     try:
-        return SnapshotManifest(**values)
-    except TypeError as error:
-        raise CorruptArtifactError(f"{path / MANIFEST_FILE}: not a snapshot manifest ({error}).") from error
+        version = values.get("format_version", 1 if "sha256" in values else None)
+        if isinstance(version, int) and version != FORMAT_VERSION:
+            raise DataError(
+                f"{file}: an index of format {version}; this version of realm_fast reads {FORMAT_VERSION}. "
+                "Delete the folder and have the index made again."
+            )
+        shards = tuple(ShardRecord(**shard) for shard in values.pop("shards"))
+        manifest = SnapshotManifest(**values, shards=shards)
+        _check_types(manifest, *shards)
+        end = 0
+        for shard in shards:
+            if shard.first_block != end or Path(shard.file).name != shard.file:
+                raise ValueError(f"{shard.file} begins at block {shard.first_block}, expected {end}")
+            end += shard.num_blocks
+        if end != manifest.num_blocks or max(shard.step for shard in shards) != manifest.step:
+            raise ValueError(f"its shards hold {end} blocks, expected {manifest.num_blocks}")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptArtifactError(f"{file}: not a snapshot manifest ({error}).") from error
+    return manifest
+
+
+def _check_types(*records: SnapshotManifest | ShardRecord) -> None:
+    for record in records:
+        for field in fields(record):
+            if field.type in (int, str) and not isinstance(getattr(record, field.name), field.type):
+                raise TypeError(f"{field.name}: expected {field.type}")
 
 
 def open_snapshot(path: Path, *, expect: Provenance | None = None, verify: bool = False) -> IndexSnapshot:
-    """Maps a snapshot's index into memory.
+    """Maps a snapshot's shards into memory: one slab each, nothing is copied.
+
+    As long as the index lives, `prune_snapshots` leaves the folder alone, in whatever process it runs.
 
     Args:
         path: the snapshot's folder.
-        expect: the encoder and corpus it must come from; a mismatch raises ProvenanceError.
-        verify: also compare the file's hash with the manifest (reads the whole file).
+        expect: the encoder and corpus that every shard must come from. Without it, shards of several
+            encoders are accepted too, which only a run's own training may do.
+        verify: also compare every file's data with its hash (reads all of it).
 
     Raises:
-        CorruptArtifactError: the index file is not as it was written.
+        DataError: there is no such snapshot (any more), or it is of another format.
+        CorruptArtifactError: a file is not as it was written, or not the one the manifest names.
+        ProvenanceError: a shard comes from another encoder or corpus than `expect`.
     """
+    held = _Held(path / MANIFEST_FILE)
     manifest = read_manifest(path)
-    file = path / INDEX_FILE
-    size = file.stat().st_size if file.is_file() else -1
-    if size != manifest.bytes:
-        raise CorruptArtifactError(f"{file}: {max(size, 0)} bytes, but its manifest says {manifest.bytes}.")
-    if verify and sha256_file(file) != manifest.sha256:
-        raise CorruptArtifactError(f"{file}: its content is not what the manifest's sha256 says.")
+    if expect is not None:
+        for shard in manifest.shards:
+            found = Provenance(shard.encoder_hash, manifest.corpus_hash, shard.step)
+            found.check(expect, str(path / shard.file))
+    for shard in manifest.shards:
+        file = path / shard.file
+        size = file.stat().st_size if file.is_file() else -1
+        if size != shard.bytes:
+            raise CorruptArtifactError(f"{file}: {max(size, 0)} bytes, but its manifest says {shard.bytes}.")
     index: Index
     if manifest.backend == "faiss":
-        index = FaissIndex.load(file, expect=expect)
+        only = manifest.shards[0]
+        if index_file.read_metadata(path / only.file, "FaissIndex")["header_sha256"] != only.sha256:
+            raise CorruptArtifactError(f"{path / only.file}: another file than was written here.")
+        index = FaissIndex.load(path / only.file, expect=expect)
     else:
-        index = MipsIndex.load(file, mmap=True, expect=expect)
+        index = MipsIndex.map_shards(
+            [path / shard.file for shard in manifest.shards],
+            [shard.sha256 for shard in manifest.shards],
+            provenance=Provenance(manifest.encoder_hash, manifest.corpus_hash, manifest.step),
+            held=held,
+            verify=verify,
+        )
     return IndexSnapshot(step=manifest.step, index=index, manifest=manifest, path=path)
 
 
-def prune_snapshots(folder: Path, *, keep: int, pinned_steps: Collection[int]) -> None:
-    """Deletes all but the newest `keep` snapshots, except those a checkpoint still needs.
+class _Held:
+    """A shared lock on a snapshot's manifest, given back with the last reference to it, or by dying."""
 
-    A snapshot mapped by this or another process stays readable until it is let go: the operating system
-    keeps an unlinked file's data alive.
+    def __init__(self, manifest: Path) -> None:
+        self._descriptor = -1
+        try:
+            self._descriptor = os.open(manifest, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # Between open and lock it may have been pruned.
+            still_there = os.path.samestat(os.fstat(self._descriptor), os.stat(manifest))
+        except (FileNotFoundError, NotADirectoryError, BlockingIOError):
+            still_there = False
+        if not still_there:
+            raise DataError(f"{manifest}: the snapshot's manifest does not exist.")
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+# --- deleting one -------------------------------------------------------------------------------------------
+
+
+def prune_snapshots(folder: Path, *, keep: int, pinned: Collection[str]) -> None:
+    """Deletes all but the newest `keep` whole snapshots and the newest partial one, if that is newer.
+
+    Args:
+        pinned: names of snapshots that a checkpoint still needs; they stay.
+
+    A snapshot that a process has open stays too, until a later call: `open_snapshot` holds a lock on it
+    that dies with its process.
     """
-    snapshots = list_snapshots(folder)
-    for step in list(snapshots)[:-keep]:
-        if step not in pinned_steps:
-            shutil.rmtree(snapshots[step], ignore_errors=True)
+    found = published_snapshots(folder)
+    whole = [one for one in found if one.is_whole][-keep:]
+    partial = [one for one in found if not one.is_whole and (not whole or one > whole[-1])][-1:]
+    for one in found:
+        if one not in whole and one not in partial and one.path.name not in pinned:
+            retire_snapshot(one.path)
+
+
+def retire_snapshot(path: Path, *, even_if_open: bool = False) -> bool:
+    """Takes a snapshot out of sight at once and deletes it in a thread; False if it is open or not there.
+
+    Args:
+        even_if_open: out of sight even so; then its files are only deleted by a later `remove_staging`.
+    """
+    try:
+        descriptor = os.open(
+            path / MANIFEST_FILE, os.O_RDWR
+        )  # NFS locks for writing only what is open for it
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        is_open = False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_open = True
+            if not even_if_open:
+                return False
+        doomed = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}retired.", dir=path.parent))
+        try:
+            os.rename(path, doomed / path.name)
+        except FileNotFoundError:  # somebody else was faster
+            return False
+        fsync_dir(path.parent)
+    finally:
+        os.close(descriptor)
+    if not is_open:  # large files take a while to go, and a trainer may be waiting
+        threading.Thread(target=shutil.rmtree, args=(doomed, True), name="delete a snapshot").start()
+    return True

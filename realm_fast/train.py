@@ -10,7 +10,6 @@ that was killed and resumed takes the same steps (bit for bit where the refresh 
 """
 
 import logging
-import shutil
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -50,10 +49,11 @@ from realm_fast.run_folder import RunFolder
 from realm_fast.signals import StopRequest, stop_on_signal
 from realm_fast.snapshot import (
     IndexSnapshot,
-    list_snapshots,
     open_snapshot,
     prune_snapshots,
-    snapshot_name,
+    published_snapshots,
+    retire_snapshot,
+    trained_snapshot,
 )
 
 WAIT_POLL_S = 0.02
@@ -159,9 +159,9 @@ class Pretrainer:
 
         self.schedule = RefreshSchedule(config.refresh.every_steps)
         self.task = RefreshTask(self.snapshots, self.store, config.index, config.refresh)
-        for later, path in list_snapshots(self.snapshots).items():
-            if later > self.step:  # of a future that was not reached again yet
-                shutil.rmtree(path)
+        for published in published_snapshots(self.snapshots):
+            if published.step > self.step:  # of a future that was not reached again yet
+                retire_snapshot(published.path, even_if_open=True)
         self.snapshot = self._first_snapshot(checkpoint)
         self.refresh_failures = 0
         self.refresher = make_refresher(self.task, work_dir=self.folder / "refresher")
@@ -292,8 +292,7 @@ class Pretrainer:
         """The snapshot the checkpoint was trained with; for a new run, one of the starting weights."""
         if checkpoint is not None:
             try:
-                path = self.snapshots / snapshot_name(checkpoint.state["snapshot_step"])
-                return open_snapshot(path, verify=True)
+                return open_snapshot(trained_snapshot(self.snapshots, checkpoint.state), verify=True)
             except (DataError, CorruptArtifactError) as error:
                 log.warning(
                     "%s The index is embedded again with the checkpoint's weights; the losses will differ "
@@ -341,7 +340,7 @@ class Pretrainer:
             modules={"embedder": self.model.embedder, "reader": self.model.reader},
             optimizer=self.optimizer,
             state={
-                "snapshot_step": self.snapshot.step,
+                "snapshot": self.snapshot.path.name,
                 "window": asdict(self.window),
                 "skipped": dict(self.masker.skipped),
             },
@@ -349,10 +348,10 @@ class Pretrainer:
             keep=self.config.pretrain.keep_checkpoints,
         )
         needed = {
-            read_checkpoint(self.checkpoints / checkpoint_name(step)).state["snapshot_step"]
+            read_checkpoint(self.checkpoints / checkpoint_name(step)).state["snapshot"]
             for step in checkpoint_steps(self.checkpoints)
         }
-        prune_snapshots(self.snapshots, keep=self.config.refresh.keep_snapshots, pinned_steps=needed)
+        prune_snapshots(self.snapshots, keep=self.config.refresh.keep_snapshots, pinned=needed)
         self.metrics.flush()
 
     def _log(self, rates: dict[str, float], staleness_steps: int, masked_accuracy: float) -> None:

@@ -9,7 +9,7 @@ from realm_fast.errors import DataError, ProvenanceError, UserError
 from realm_fast.finetune import finetune
 from realm_fast.qa_metrics import normalise_answer
 from realm_fast.qa_model import load_qa_model
-from realm_fast.snapshot import INDEX_FILE, MANIFEST_FILE, write_snapshot
+from realm_fast.snapshot_writer import write_snapshot
 
 COUNT = 16
 QUESTION = qa_world.questions(COUNT)[6].text
@@ -104,10 +104,7 @@ def test_search_over_a_run_and_over_an_index_folder(folder, store, tuned, tmp_pa
     torch.manual_seed(0)
     embedder = Embedder.from_config(config.embedder, store.tokenizer())
     path = write_snapshot(tmp_path, 0, embedder, store, config.index, token_budget=2048)
-    index = tmp_path / "index"
-    index.mkdir()
-    for name in (INDEX_FILE, MANIFEST_FILE):
-        (path / name).rename(index / name)
+    index = path.rename(tmp_path / "index")
     embedder.save(index / "embedder")
     assert [h.rank for h in hits] == [0, 1, 2]
     assert all(h.text == store.text(h.block_id) and h.title == store.title(h.block_id) for h in hits)

@@ -129,7 +129,7 @@ def test_looking_into_what_was_made(world, capsys):
     code, out, _ = output_of(capsys, "index", "info", world / "index")
     assert code == 0
     assert json.loads(out)["dim"] == 32
-    code, out, _ = output_of(capsys, "index", "info", world / "index" / "index.safetensors")
+    code, out, _ = output_of(capsys, "index", "info", world / "index" / "shard-00000.safetensors")
     assert code == 0
     assert json.loads(out)["dim"] == 32
     for where in ([world / "run"], [world / "index", "--corpus", world / "corpus"]):

@@ -16,13 +16,13 @@ from realm_fast.embedder import Embedder
 from realm_fast.encoder import load_trunk
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, ProvenanceError
 from realm_fast.finetune import finetune
-from realm_fast.index import MipsIndex
 from realm_fast.qa_metrics import score_answer
 from realm_fast.qa_model import load_qa_model
 from realm_fast.questions import Question
 from realm_fast.reader import Reader
 from realm_fast.reading import embed_questions, question_tokens
-from realm_fast.snapshot import write_snapshot
+from realm_fast.snapshot import open_snapshot
+from realm_fast.snapshot_writer import write_snapshot
 
 COUNT = 16
 
@@ -294,7 +294,7 @@ def test_an_index_of_other_weights_is_refused(folder, store):
     torch.manual_seed(99)
     other = Embedder.from_config(config.embedder, store.tokenizer())
     write_snapshot(run.finetune_dir / "snapshots", 0, other, store, config.index, token_budget=2048)
-    assert MipsIndex.load(snapshot / "index.safetensors").provenance.encoder_hash == other.hash()
+    assert open_snapshot(snapshot).index.provenance.encoder_hash == other.hash()
     with pytest.raises(ProvenanceError, match=other.hash()[:8]):
         ev.evaluate(run, config)
 

@@ -36,7 +36,7 @@ from realm_fast.packing import query_input
 from realm_fast.qa_model import untrained_embedder
 from realm_fast.questions import Question
 from realm_fast.reader import Reader
-from realm_fast.snapshot import write_snapshot
+from realm_fast.snapshot_writer import write_snapshot
 
 TIMING = ("questions_per_s", "step_s")
 
@@ -208,7 +208,7 @@ def pretrained(run, config, store, *, step: int, seed: int = 5) -> tuple[Embedde
     reader = Reader.from_config(config.reader, store.tokenizer())
     save_checkpoint(
         run.pretrain_dir / "checkpoints", step, modules={"embedder": embedder, "reader": reader},
-        optimizer=None, state={"snapshot_step": step}, identity={}, keep=2,
+        optimizer=None, state={}, identity={}, keep=2,
     )  # fmt: skip
     return embedder, reader
 

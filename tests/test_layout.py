@@ -24,6 +24,7 @@ LAYERS = [
     ["embedder", "reader", "index"],
     ["device_index", "embedding", "retriever", "checkpoint", "reading"],
     ["snapshot", "model", "run_folder"],
+    ["snapshot_writer"],
     ["refresh", "explain", "qa_model"],
     ["evaluate"],
     ["probe"],

@@ -18,7 +18,7 @@ from realm_fast.errors import ConfigError, DataError, ProvenanceError, TrainingD
 from realm_fast.metrics import read_jsonl, read_metrics
 from realm_fast.optim import step_seed
 from realm_fast.run_folder import RunFolder
-from realm_fast.snapshot import list_snapshots
+from realm_fast.snapshot import list_snapshots, snapshot_name
 from realm_fast.train import Pretrainer, pretrain
 from tests import qa_world
 
@@ -99,7 +99,8 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_the_last_checkpoint_comes_with_an_index_of_its_own_weights(finished):
     checkpoint = newest_checkpoint(finished.pretrain_dir / "checkpoints")
-    assert checkpoint.step == checkpoint.state["snapshot_step"] == STEPS
+    assert checkpoint.step == STEPS
+    assert checkpoint.state["snapshot"] == snapshot_name(STEPS)
     assert STEPS in list_snapshots(finished.pretrain_dir / "snapshots")
 
 
@@ -336,7 +337,7 @@ def test_a_lost_snapshot_is_made_again_and_said(tmp_path, store, caplog):
     trainer.config = apply_overrides(config, ["pretrain.steps=6"])
     pretrain_with(trainer)
     for path in list_snapshots(run.pretrain_dir / "snapshots").values():
-        (path / "index.safetensors").write_bytes(b"gone")
+        (path / "shard-00000.safetensors").write_bytes(b"gone")
     pretrain(run, config, resume=True)
     assert "index is embedded again" in caplog.text
     assert max(losses(run)) == STEPS
