@@ -62,6 +62,8 @@ FREE_SETTINGS = frozenset(
         "pretrain.log_every_steps",
         "pretrain.illustrations",
         "refresh.num_threads",
+        "refresh.cpu_affinity",
+        "refresh.device",
         "refresh.keep_snapshots",
         "refresh.max_restarts",
         "finetune.checkpoint_every_steps",

@@ -147,6 +147,18 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     sub.add_argument("--steps", type=int, help="short for --set pretrain.steps=…")
 
+    sub = add(
+        "refresher",
+        _refresher,
+        "make the index snapshots of a run that trains with refresh.mode=follow, here or on another machine",
+        with_settings=True,
+    )
+    sub.add_argument("run", metavar="RUN")
+    sub.add_argument(
+        "--corpus", metavar="CORPUS", help="the token store, where this machine has it elsewhere"
+    )
+    sub.add_argument("--once", action="store_true", help="make the snapshot that is wanted now, then end")
+
     sub = add("finetune", _finetune, "fine-tune retriever and span reader on questions", with_settings=True)
     sub.add_argument(
         "run", metavar="RUN", help="a run; made, from the warm start alone, if it does not exist"
@@ -331,6 +343,15 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
     run, config = _open_run(arguments, pretrain__steps=arguments.steps)
     pretrain(run, config, resume=arguments.resume, progress=True)
+
+
+def _refresher(arguments: argparse.Namespace) -> None:
+    from realm_fast.refresher import run_refresher
+    from realm_fast.run_folder import RunFolder
+
+    run = RunFolder(arguments.run)
+    config = _load_config(arguments, run.config())
+    run_refresher(run, config, corpus=arguments.corpus, once=arguments.once, progress=True)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:

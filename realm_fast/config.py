@@ -120,8 +120,10 @@ class PretrainConfig:
 
 @dataclass(frozen=True)
 class RefreshConfig:
-    mode: Literal["inline", "thread", "process", "off"] = setting(
-        "process", "who embeds the blocks again; inline waits and is deterministic"
+    mode: Literal["inline", "thread", "process", "follow", "off"] = setting(
+        "process",
+        "who embeds the blocks again; inline waits and is deterministic; "
+        "follow: `realm-fast refresher RUN`, started separately",
     )
     every_steps: int = setting(500, "hand the weights to the refresher every so many steps", minimum=1)
     max_staleness_steps: int = setting(
@@ -135,6 +137,8 @@ class RefreshConfig:
         0, "publish new shards among the older ones after every so many (0: when all are done)", minimum=0
     )
     num_threads: int = setting(1, "torch threads of a refresher process", minimum=1)
+    cpu_affinity: str = setting("", "processors of a refresher process, like 0-3,8 (empty: any)")
+    device: str = setting("cpu", "where a refresher process computes: auto, cpu, cuda, cuda:1, ...")
     keep_snapshots: int = setting(2, "older ones are deleted unless a checkpoint needs them", minimum=1)
     max_restarts: int = setting(5, "of a refresher process that dies, with back-off", minimum=0)
 

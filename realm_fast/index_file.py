@@ -89,7 +89,11 @@ def read(path: Path, kind: str, *, verify: bool) -> tuple[dict[str, np.ndarray],
         data = np.empty(0, np.uint8)
     else:
         # mmap.mmap would keep a descriptor for each mapping; an index of many shards would run out of them
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()[data_begin:]
+        try:
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise DataError(f"{path}: cannot be mapped into memory ({error}).") from error
+        data = mapped.numpy()[data_begin:]
     if verify:
         digest = hashlib.sha256()
         for begin in range(0, len(data), _CHUNK_BYTES):

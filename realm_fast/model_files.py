@@ -74,7 +74,7 @@ def _read_weights(path: Path, kind: str) -> dict[str, torch.Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: the weights of a saved {kind} do not exist.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: it vanished while being opened
         raise CorruptArtifactError(f"{path}: not a readable safetensors file ({error}).") from error
 
 

@@ -1,20 +1,24 @@
-"""Refreshing the block embeddings while training goes on.
+"""Refreshing the block embeddings while training goes on: the trainer's side.
 
 The trainer hands over its weights every so many steps (`submit`) and, between two steps, picks up the
-newest finished snapshot (`poll`). Neither waits. Who embeds the blocks is a matter of mode:
+newest snapshot (`poll`). Neither waits. Who embeds the blocks is a matter of mode:
 
     inline    the trainer itself, inside submit: deterministic, and the only mode that stops the loop
     thread    a thread of the trainer's process
-    process   a child process at lower priority; if it dies it is started again with back-off
+    process   a child process at lower priority, fed through shared memory; if it dies it is started again
+    follow    `realm-fast refresher RUN`, started by whoever runs the job, on any machine that sees RUN
     off       nobody: the first index is kept
 
-All of them publish through realm_fast.snapshot. Weights that arrive while a refresh is running wait; only
-the newest are kept, since an index of older ones would be stale before it was done.
+All of them publish through the folder of snapshots, and that is what the trainer watches. Weights that
+arrive while a refresh is running wait; only the newest are kept, since an index of older ones would be stale
+before it was done. docs/refresh.md has the whole protocol.
 """
 
 import contextlib
 import copy
+import hashlib
 import json
+import logging
 import os
 import queue
 import shutil
@@ -30,12 +34,20 @@ from typing import Protocol
 from realm_fast.config import IndexConfig, RefreshConfig
 from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStopped
-from realm_fast.snapshot import IndexSnapshot, open_snapshot, snapshot_name
+from realm_fast.errors import RealmFastError, RefreshError
+from realm_fast.handover import FORMAT_VERSION, Handover, Order
+from realm_fast.ownership import Sighting, TakenError, own
+from realm_fast.snapshot import IndexSnapshot, Published, open_snapshot
+from realm_fast.snapshot_watch import SnapshotWatch
 from realm_fast.snapshot_writer import write_snapshot
 from realm_fast.token_store import TokenStore
 
 RESTART_BACK_OFF_S = 0.5  # doubled after each restart in a row
-REFRESHER_NICENESS = 5  # the trainer's threads come first
+OWNER_PATIENCE_S = 30.0  # for the refresher of a killed trainer to notice, and for a trainer's own index
+WAIT_POLL_S = 0.02
+TRAINER, REFRESHER = "trainer", "refresher"  # what the owners of a snapshots folder call themselves
+SHARED_MEMORY = Path("/dev/shm")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,17 +65,23 @@ class Refresher(Protocol):
 
     failures: list[str]  # what went wrong so far; training goes on with the last good snapshot
 
-    def submit(self, step: int, embedder: Embedder) -> None:
-        """Hands over the weights of `step`. Returns at once (except inline)."""
+    def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
+        """Hands over the weights of `step`. Returns at once (except inline).
+
+        `shard_order`: which shards matter most; see snapshot_writer.write_snapshot.
+        """
 
     def poll(self) -> IndexSnapshot | None:
-        """The newest finished snapshot that poll has not returned before, or None."""
+        """The newest snapshot of what was submitted that poll has not returned before, or None."""
 
     def is_busy(self) -> bool:
         """Whether a snapshot is still to come from what was submitted."""
 
-    def close(self) -> None:
-        """Stops; what is half-done is thrown away."""
+    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+        """The snapshot of exactly these weights; waits for it. Before the first submit or after close."""
+
+    def close(self, *, is_done: bool = False) -> None:
+        """Stops; finished shards are kept. `is_done`: the run is complete, nothing more will be wanted."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,7 @@ class RefreshTask:
         should_stop: Callable[[], bool] | None = None,
         progress: bool = False,
     ) -> Path:
+        """Publishes the snapshot of these weights. The caller must own the folder (realm_fast.ownership)."""
         return write_snapshot(
             self.folder, step, embedder, self.store, self.index,
             token_budget=self.refresh.token_budget, shard_blocks=self.refresh.shard_blocks,
@@ -93,7 +112,7 @@ class RefreshTask:
 
 
 def make_refresher(task: RefreshTask, *, work_dir: Path) -> Refresher:
-    """The refresher that `task.refresh.mode` names. `work_dir` holds weights on their way to a process."""
+    """The refresher that `task.refresh.mode` names. `work_dir` is for what it exchanges with a process."""
     match task.refresh.mode:
         case "inline":
             return InlineRefresher(task)
@@ -101,17 +120,20 @@ def make_refresher(task: RefreshTask, *, work_dir: Path) -> Refresher:
             return ThreadRefresher(task)
         case "process":
             return ProcessRefresher(task, work_dir)
+        case "follow":
+            return FollowedRefresher(task, work_dir)
         case _:
-            return NoRefresher()
+            return NoRefresher(task)
 
 
 class NoRefresher:
     """Mode off: the index stays as it was at the start."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: RefreshTask) -> None:
         self.failures: list[str] = []
+        self._task = task
 
-    def submit(self, step: int, embedder: Embedder) -> None:
+    def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
         pass
 
     def poll(self) -> IndexSnapshot | None:
@@ -120,20 +142,23 @@ class NoRefresher:
     def is_busy(self) -> bool:
         return False
 
-    def close(self) -> None:
+    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+        with own(self._task.folder, TRAINER, wait_s=OWNER_PATIENCE_S):
+            return open_snapshot(self._task.write(step, embedder, progress=progress))
+
+    def close(self, *, is_done: bool = False) -> None:
         pass
 
 
-class InlineRefresher:
+class InlineRefresher(NoRefresher):
     """Embeds inside submit: the trainer waits, and the same seed gives the same run."""
 
     def __init__(self, task: RefreshTask) -> None:
-        self.failures: list[str] = []
-        self._task = task
+        super().__init__(task)
         self._ready: IndexSnapshot | None = None
 
-    def submit(self, step: int, embedder: Embedder) -> None:
-        self._ready = open_snapshot(self._task.write(step, embedder))
+    def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
+        self._ready = self.make_now(step, embedder)
 
     def poll(self) -> IndexSnapshot | None:
         ready, self._ready = self._ready, None
@@ -142,185 +167,265 @@ class InlineRefresher:
     def is_busy(self) -> bool:
         return self._ready is not None
 
-    def close(self) -> None:
-        pass
+
+class LiveRefresher(NoRefresher):
+    """What the modes share in which the trainer goes on: a watch over the folder, and what it waits for."""
+
+    def __init__(self, task: RefreshTask) -> None:
+        super().__init__(task)
+        self._submitted: dict[int, str] = {}  # step -> hash of the weights; nothing else is ever served
+        self._pending_step: int | None = None  # submitted, and neither taken whole nor failed yet
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()  # failures, from whatever thread
+        self._watch = SnapshotWatch(
+            task.folder, task.store.corpus_hash, self._submitted, on_bad=self._bad, also=self._listen
+        )
+        self._watch.start()
+
+    def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
+        self._submitted[step] = embedder.hash()
+        self._pending_step = step
+        try:
+            self._hand_over(step, self._submitted[step], embedder, shard_order)
+        except (OSError, RealmFastError) as error:  # a full disk costs staleness, not the run
+            self._failed(step, error)
+
+    def poll(self) -> IndexSnapshot | None:
+        snapshot = self._watch.take()
+        if snapshot is not None and snapshot.is_whole and snapshot.step == self._pending_step:
+            self._pending_step = None
+            self._delivered()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.failures.append(self._messages.get_nowait())
+        self._look_after()
+        return snapshot
+
+    def is_busy(self) -> bool:
+        return self._pending_step is not None or self._watch.has_ready()
+
+    def close(self, *, is_done: bool = False) -> None:
+        self._watch.close()
+
+    def _bad(self, published: Published, error: Exception) -> None:
+        message = f"snapshot {published.path.name} is not used: {error}"
+        if published.is_whole:
+            self._failed(published.step, message)
+        else:
+            self._messages.put(message)
+
+    def _failed(self, step: int, error: object) -> None:
+        self._messages.put(f"refresh of step {step}: {error}")
+        if step == self._pending_step:
+            self._pending_step = None
+
+    def _hand_over(
+        self, step: int, encoder_hash: str, embedder: Embedder, shard_order: Sequence[int] | None
+    ) -> None:
+        raise NotImplementedError
+
+    def _listen(self) -> None:
+        """Called by the watch's thread again and again."""
+
+    def _look_after(self) -> None:
+        """Called by the trainer between two steps."""
+
+    def _delivered(self) -> None:
+        """Called when what was submitted last has arrived."""
 
 
-class ThreadRefresher:
+class ThreadRefresher(LiveRefresher):
     """Embeds in a thread, from a copy of the weights."""
 
     def __init__(self, task: RefreshTask) -> None:
-        self.failures: list[str] = []
-        self._task = task
-        self._ready: queue.SimpleQueue[IndexSnapshot] = queue.SimpleQueue()
         self._condition = threading.Condition()
-        self._pending: tuple[int, Embedder] | None = None
-        self._working = False
+        self._next: tuple[int, Embedder, Sequence[int] | None] | None = None
         self._closed = False
+        super().__init__(task)
         self._thread = threading.Thread(target=self._loop, name="realm_fast refresher", daemon=True)
         self._thread.start()
 
-    def submit(self, step: int, embedder: Embedder) -> None:
-        weights = copy.deepcopy(embedder)
-        with self._condition:
-            self._pending = (step, weights)
-            self._condition.notify()
-
-    def poll(self) -> IndexSnapshot | None:
-        newest = None
-        while True:
-            try:
-                newest = self._ready.get_nowait()
-            except queue.Empty:
-                return newest
-
-    def is_busy(self) -> bool:
-        with self._condition:
-            return self._pending is not None or self._working or not self._ready.empty()
-
-    def close(self) -> None:
+    def close(self, *, is_done: bool = False) -> None:
         with self._condition:
             self._closed = True
             self._condition.notify()
         self._thread.join()
+        super().close()
+
+    def _hand_over(
+        self, step: int, encoder_hash: str, embedder: Embedder, shard_order: Sequence[int] | None
+    ) -> None:
+        weights = copy.deepcopy(embedder)
+        with self._condition:
+            self._next = (step, weights, shard_order)
+            self._condition.notify()
 
     def _loop(self) -> None:
         while True:
             with self._condition:
-                self._working = False
-                self._condition.wait_for(lambda: self._closed or self._pending is not None)
+                self._condition.wait_for(lambda: self._closed or self._next is not None)
                 if self._closed:
                     return
-                assert self._pending is not None
-                step, embedder = self._pending
-                self._pending = None
-                self._working = True
+                assert self._next is not None
+                (step, embedder, shard_order), self._next = self._next, None
             try:
-                path = self._task.write(step, embedder, should_stop=lambda: self._closed)
-                self._ready.put(open_snapshot(path))
+                with own(self._task.folder, TRAINER, wait_s=OWNER_PATIENCE_S):
+                    self._task.write(
+                        step, embedder, shard_order=shard_order, should_stop=lambda: self._closed
+                    )
             except EmbeddingStopped:
                 return
             except Exception as error:  # a failed refresh costs staleness, never the run
-                self.failures.append(f"refresh of step {step}: {error}")
+                self._failed(step, error)
 
 
-class ProcessRefresher:
+class FollowedRefresher(LiveRefresher):
+    """Leaves weights in a folder of the run for a process that somebody else started."""
+
+    def __init__(self, task: RefreshTask, folder: Path) -> None:
+        self._handover = Handover(folder)
+        self._heard: tuple[str, int] | None = None
+        self._said = ""
+        self._sighting = Sighting(task.folder)
+        super().__init__(task)
+
+    def is_busy(self) -> bool:
+        return super().is_busy() and (self._watch.has_ready() or self._sighting.is_owned())
+
+    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+        """Waits for the refresher if there is one, and does the work itself if there is none (any more)."""
+        self.submit(step, embedder)
+        said = False
+        while True:
+            snapshot = self.poll()
+            if snapshot is not None and snapshot.step == step and self._pending_step is None:
+                return snapshot
+            if self._pending_step is None:
+                self.poll()  # what was said about it
+                raise RefreshError("; ".join(self.failures))
+            try:
+                with own(self._task.folder, TRAINER):
+                    return open_snapshot(self._task.write(step, embedder, progress=progress))
+            except TakenError as error:
+                if not said:
+                    log.info("waiting for the index of step %d: %s", step, error)
+                said = True
+            time.sleep(WAIT_POLL_S)
+
+    def close(self, *, is_done: bool = False) -> None:
+        super().close()
+        if is_done:
+            self._handover.end()
+
+    def _hand_over(
+        self, step: int, encoder_hash: str, embedder: Embedder, shard_order: Sequence[int] | None
+    ) -> None:
+        order = Order(
+            FORMAT_VERSION, step, encoder_hash, self._task.store.corpus_hash, self._task.index,
+            self._task.refresh.shard_blocks, self._task.refresh.publish_every_shards,
+            None if shard_order is None else tuple(shard_order),
+        )  # fmt: skip
+        self._handover.publish(order, embedder)
+
+    def _listen(self) -> None:
+        status = self._handover.status()
+        if status is None or (status.speaker, status.number) == self._heard:
+            return
+        self._heard = (status.speaker, status.number)
+        if status.state == "failed" and self._submitted.get(status.step) == status.encoder_hash:
+            self._failed(status.step, status.error)
+        elif status.state == "retrying" and status.error != self._said:  # once, not at every attempt
+            self._messages.put(f"refresh of step {status.step}, being tried again: {status.error}")
+        self._said = status.error
+
+
+class ProcessRefresher(FollowedRefresher):
     """Embeds in a child process of lower priority, which is started again when it dies.
 
-    Weights go to the child as a folder under `work_dir`; commands and answers are JSON lines on its standard
-    input and output; its messages end up in work_dir/refresher.log. The child leaves when its input closes,
-    so it does not outlive a trainer that was killed.
+    It begins with the first weights. They go to the child as a folder in shared memory (on disk, and said so,
+    where that has no room); its messages end up in work_dir/refresher.log. The child leaves when its standard
+    input closes, so it does not outlive a trainer that was killed.
     """
 
     def __init__(self, task: RefreshTask, work_dir: Path) -> None:
-        self.failures: list[str] = []
-        self._task = task
-        self._work_dir = work_dir
         shutil.rmtree(work_dir, ignore_errors=True)
         work_dir.mkdir(parents=True)
+        self._work_dir = work_dir
         self._log_path = work_dir / "refresher.log"
-        self._events: queue.SimpleQueue[dict] = queue.SimpleQueue()
-        self._pending_step: int | None = None  # submitted, and neither published nor failed yet
         self._restarts = 0
-        self._restart_at = 0.0
+        self._restart_at_s: float | None = None
         self._given_up = False
-        self._child = self._start()
+        self._child: subprocess.Popen | None = None
+        super().__init__(task, work_dir)
 
-    def submit(self, step: int, embedder: Embedder) -> None:
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
         if self._given_up:
             return
-        embedder.save(self._weights(step))
-        superseded, self._pending_step = self._pending_step, step
-        self._send({"step": step, "weights": str(self._weights(step))})
-        if superseded is not None:
-            # The child may be reading it still; it drops what has vanished, as newer weights are waiting.
-            shutil.rmtree(self._weights(superseded), ignore_errors=True)
-
-    def poll(self) -> IndexSnapshot | None:
-        newest = None
-        while True:
-            try:
-                event = self._events.get_nowait()
-            except queue.Empty:
-                break
-            step = event["step"]
-            if event["event"] == "published":
-                newest = step
-                self._restarts = 0
-            elif step == self._pending_step:
-                self.failures.append(f"refresh of step {step}: {event['error']}")
-            if step == self._pending_step:
-                self._pending_step = None
-                shutil.rmtree(self._weights(step), ignore_errors=True)
-        self._restart_if_dead()
-        return None if newest is None else open_snapshot(self._task.folder / snapshot_name(newest))
+        if self._child is None:
+            size = sum(value.nbytes for value in embedder.state_dict().values())
+            self._handover = Handover(_shared_folder(self._work_dir, 3 * size))
+            self._handover.clear()
+            self._child = self._start()
+        super().submit(step, embedder, shard_order=shard_order)
 
     def is_busy(self) -> bool:
-        return (self._pending_step is not None and not self._given_up) or not self._events.empty()
+        return self._watch.has_ready() or (self._pending_step is not None and not self._given_up)
 
-    def close(self) -> None:
+    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+        return NoRefresher.make_now(self, step, embedder, progress=progress)
+
+    def close(self, *, is_done: bool = False) -> None:
         self._given_up = True
-        if self._child.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._child.stdin.close()
+        LiveRefresher.close(self)
+        if self._child is None:
+            return
+        assert self._child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
         try:
             self._child.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
-        self._reader.join()
-        if self._child.stdout is not None:
-            self._child.stdout.close()
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
-
-    def _weights(self, step: int) -> Path:
-        return self._work_dir / f"weights-{snapshot_name(step)}"
+        self._handover.remove()
 
     def _start(self) -> subprocess.Popen:
         settings = {
+            "handover": str(self._handover.folder),
             "folder": str(self._task.folder),
             "store": str(self._task.store.path),
             "index": asdict(self._task.index),
             "refresh": asdict(self._task.refresh),
         }
-        with open(self._log_path, "ab") as log:
+        with open(self._log_path, "ab") as log_file:
             child = subprocess.Popen(
-                [sys.executable, "-c", "from realm_fast.refresh import worker_main; worker_main()"],
+                [sys.executable, "-c", "from realm_fast.refresher import child_main; child_main()"],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
+                stdout=log_file,
+                stderr=log_file,
                 text=True,
                 start_new_session=True,  # a Ctrl-C at the terminal is the trainer's to handle
             )
-        self._child = child
-        self._send(settings)
-        self._reader = threading.Thread(target=self._read, args=(child,), daemon=True)
-        self._reader.start()
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died; it is started again
+            child.stdin.write(json.dumps(settings) + "\n")
+            child.stdin.flush()
         return child
 
-    def _read(self, child: subprocess.Popen) -> None:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.endswith("\n"):  # a child killed while writing leaves half a line
-                self._events.put(json.loads(line))
+    def _listen(self) -> None:
+        if self._child is not None:
+            super()._listen()
 
-    def _send(self, message: dict) -> None:
-        assert self._child.stdin is not None
-        try:
-            self._child.stdin.write(json.dumps(message) + "\n")
-            self._child.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; poll starts another one and sends what is pending
-
-    def _restart_if_dead(self) -> None:
-        code = self._child.poll()
+    def _look_after(self) -> None:
+        """Starts a child that died again, with back-off; what is wanted still lies in the folder."""
+        code = None if self._child is None else self._child.poll()
         if code is None or self._given_up:
             return
         now = time.monotonic()
-        if self._restart_at == 0.0:
+        if self._restart_at_s is None:
             how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
             self.failures.append(f"the refresher died ({how}); its last words: {self._last_words()}")
             if self._restarts >= self._task.refresh.max_restarts:
@@ -329,60 +434,32 @@ class ProcessRefresher:
                     f"the refresher died {self._restarts + 1} times in a row; not started again"
                 )
                 return
-            self._restart_at = now + RESTART_BACK_OFF_S * 2**self._restarts
-        if now < self._restart_at:
-            return
-        self._restart_at = 0.0
-        self._restarts += 1
-        self._reader.join()
-        self._child = self._start()
-        if self._pending_step is not None:
-            self._send({"step": self._pending_step, "weights": str(self._weights(self._pending_step))})
+            self._restart_at_s = now + RESTART_BACK_OFF_S * 2**self._restarts
+        if now >= self._restart_at_s:
+            self._restart_at_s = None
+            self._restarts += 1
+            self._child = self._start()
+
+    def _delivered(self) -> None:
+        self._restarts = 0
 
     def _last_words(self) -> str:
         lines = self._log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1] if lines else "none"
 
 
-def worker_main() -> None:
-    """The child of ProcessRefresher: settings first, then one line for each set of weights."""
-    import torch
-
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the answers
-    os.nice(REFRESHER_NICENESS)
-    settings = json.loads(sys.stdin.readline())
-    refresh = RefreshConfig(**settings["refresh"])
-    torch.set_num_threads(refresh.num_threads)
-    task = RefreshTask(
-        folder=Path(settings["folder"]),
-        store=TokenStore.open(settings["store"]),
-        index=IndexConfig(**settings["index"]),
-        refresh=refresh,
-    )
-    commands: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
-    closed = threading.Event()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            commands.put(json.loads(line))
-        closed.set()
-        commands.put(None)
-
-    threading.Thread(target=listen, daemon=True).start()
-    while True:
-        command = commands.get()
-        while not commands.empty():  # only the newest weights count
-            command = commands.get()
-        if command is None or closed.is_set():
-            return
-        try:
-            embedder = Embedder.load(command["weights"])
-            task.write(command["step"], embedder, should_stop=closed.is_set)
-            answer = {"event": "published", "step": command["step"]}
-        except Exception as error:  # the trainer decides what a failed refresh means
-            if closed.is_set():
-                return
-            answer = {"event": "failed", "step": command["step"], "error": str(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+def _shared_folder(work_dir: Path, need_bytes: int) -> Path:
+    """A folder in shared memory for weights, of this process and this run alone; `work_dir`'s if there is no
+    room. Folders that killed trainers of the same run left are deleted."""
+    name = f"realm_fast-{os.getuid()}-{hashlib.sha256(str(work_dir.resolve()).encode()).hexdigest()[:16]}"
+    for old in SHARED_MEMORY.glob(f"{name}-*"):
+        pid = old.name.rpartition("-")[2]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    folder = SHARED_MEMORY / f"{name}-{os.getpid()}"
+    if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free > need_bytes:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        return folder
+    log.info("%s has no room for the weights: they go through %s", SHARED_MEMORY, work_dir)
+    return work_dir / "handover"

@@ -4,7 +4,7 @@ RUN/config.json            the resolved configuration
 RUN/run.json               which corpus and tokenizer the run belongs to
 RUN/stages.jsonl           one line a finished stage: time, memory, command
 RUN/pretrain/              metrics.jsonl, evaluations.jsonl, illustrations.json,
-                               checkpoints/, snapshots/, tensorboard/
+                               checkpoints/, snapshots/, refresher/, tensorboard/
 RUN/finetune/              metrics.jsonl, checkpoints/, tensorboard/
 RUN/evaluate/              results.json, predictions.jsonl
 RUN/report.html
@@ -93,6 +93,15 @@ class RunFolder:
         return self.path / "pretrain"
 
     @property
+    def snapshots_dir(self) -> Path:
+        return self.pretrain_dir / "snapshots"
+
+    @property
+    def handover_dir(self) -> Path:
+        """What the trainer and a refresher in another process exchange."""
+        return self.pretrain_dir / "refresher"
+
+    @property
     def finetune_dir(self) -> Path:
         return self.path / "finetune"
 
@@ -160,7 +169,7 @@ class RunFolder:
     def clean(self) -> None:
         """Removes what killed processes left unfinished."""
         for folder in (
-            self.path, self.pretrain_dir, self.pretrain_dir / "checkpoints", self.pretrain_dir / "snapshots",
+            self.path, self.pretrain_dir, self.pretrain_dir / "checkpoints", self.snapshots_dir,
             self.finetune_dir, self.finetune_dir / "checkpoints", self.evaluate_dir,
         ):  # fmt: skip
             if folder.is_dir():

@@ -106,6 +106,11 @@ class IndexSnapshot:
     def oldest_step(self) -> int:
         return self.manifest.oldest_step
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every shard is of `step`'s weights."""
+        return self.manifest.oldest_step == self.step
+
 
 class Published(NamedTuple):
     """A complete folder among the snapshots; a later one is newer."""

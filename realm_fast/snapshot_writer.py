@@ -23,6 +23,7 @@ from realm_fast.embedding import EmbeddingStats, EmbeddingStopped, Precision, em
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, ProvenanceError
 from realm_fast.files import atomic_dir, disk_errors, fsync_dir, link_or_copy, remove_staging, write_json
 from realm_fast.index import FaissIndex, MipsIndex, Provenance
+from realm_fast.ownership import own
 from realm_fast.panels import PANEL_ROWS
 from realm_fast.progress import bar
 from realm_fast.snapshot import (
@@ -280,6 +281,7 @@ def build_index_folder(
 
     Raises:
         DataError: `out` exists and holds something else, or the index of other weights.
+        TakenError: another process is building it.
     """
     provenance = Provenance(encoder_hash=embedder.hash(), corpus_hash=store.corpus_hash, step=0)
     if out.exists():
@@ -287,16 +289,17 @@ def build_index_folder(
             raise DataError(f"{out}: exists already, and is not the index of these weights and this corpus.")
         return read_manifest(out)
     workshop = out.with_name(BUILDING_PREFIX + out.name)
-    built = write_snapshot(
-        workshop, 0, embedder, store, config.index,
-        token_budget=config.refresh.token_budget, shard_blocks=config.refresh.shard_blocks, progress=progress,
-    )  # fmt: skip
-    with disk_errors(out):
+    with own(workshop, "builder of an index"), disk_errors(out):
+        built = write_snapshot(
+            workshop, 0, embedder, store, config.index,
+            token_budget=config.refresh.token_budget, shard_blocks=config.refresh.shard_blocks,
+            progress=progress,
+        )  # fmt: skip
         if not (built / "embedder").exists():
             embedder.save(built / "embedder")
         os.rename(built, out)
         fsync_dir(out.parent)
-        shutil.rmtree(workshop, ignore_errors=True)
+    shutil.rmtree(workshop, ignore_errors=True)
     return read_manifest(out)
 
 

@@ -94,6 +94,7 @@ class Window:
     grad_norm: float = 0.0
     step_s: float = 0.0
     trainer_wait_s: float = 0.0
+    handover_s: float = 0.0  # giving weights to the refresher and taking its snapshots
 
     def add(self, **values: float) -> None:
         self.steps += 1
@@ -110,7 +111,7 @@ class Pretrainer:
     def __init__(self, run: RunFolder, config: Config, *, resume: bool, progress: bool) -> None:
         self.run, self.config, self.progress = run, config, progress
         self.folder = run.pretrain_dir
-        self.checkpoints, self.snapshots = self.folder / "checkpoints", self.folder / "snapshots"
+        self.checkpoints, self.snapshots = self.folder / "checkpoints", run.snapshots_dir
         checkpoint = newest_checkpoint(self.checkpoints)
         if checkpoint is not None and not resume:
             raise UserError(
@@ -158,14 +159,15 @@ class Pretrainer:
         self.metrics.truncate_after(self.step)
 
         self.schedule = RefreshSchedule(config.refresh.every_steps)
-        self.task = RefreshTask(self.snapshots, self.store, config.index, config.refresh)
         for published in published_snapshots(self.snapshots):
             if published.step > self.step:  # of a future that was not reached again yet
                 retire_snapshot(published.path, even_if_open=True)
+        self.refresher = make_refresher(
+            RefreshTask(self.snapshots, self.store, config.index, config.refresh), work_dir=run.handover_dir
+        )
         self.snapshot = self._first_snapshot(checkpoint)
         self.refresh_failures = 0
-        self.refresher = make_refresher(self.task, work_dir=self.folder / "refresher")
-        if checkpoint is not None and config.refresh.mode in ("thread", "process"):
+        if checkpoint is not None and config.refresh.mode in ("thread", "process", "follow"):
             self.refresher.submit(self.step, self.model.embedder)  # what was on its way when the run stopped
         run.save_config(config)
         self.probe = Probe(run, config, self.model, self.store, held_out, progress=progress)
@@ -199,12 +201,19 @@ class Pretrainer:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step = step
                 staleness_steps = step - 1 - self.snapshot.step
+                oldest_staleness_steps = step - 1 - self.snapshot.oldest_step
+                handed_over_at_s = time.monotonic()
                 if self.schedule.is_due(step) and step < settings.steps:
                     self.refresher.submit(step, self.model.embedder)
                 self._swap_snapshot()
 
+                end = time.monotonic()
                 self.window.add(
-                    **means, grad_norm=grad_norm, step_s=time.monotonic() - begin, trainer_wait_s=waited_s
+                    **means,
+                    grad_norm=grad_norm,
+                    step_s=end - begin,
+                    trainer_wait_s=waited_s,
+                    handover_s=end - handed_over_at_s,
                 )
                 shown.set_postfix(
                     loss=means["loss"],
@@ -213,7 +222,7 @@ class Pretrainer:
                 )
                 shown.update()
                 if logged:
-                    self._log(rates, staleness_steps, accuracy)
+                    self._log(rates, staleness_steps, oldest_staleness_steps, accuracy)
                 if step % settings.checkpoint_every_steps == 0 or step == settings.steps or stop:
                     self._save()
                 if stop and step < settings.steps:
@@ -300,7 +309,7 @@ class Pretrainer:
                     error,
                 )
         with self.run.stage("index") as details:
-            snapshot = open_snapshot(self.task.write(self.step, self.model.embedder, progress=self.progress))
+            snapshot = self.refresher.make_now(self.step, self.model.embedder, progress=self.progress)
             details |= {
                 "blocks": snapshot.manifest.num_blocks,
                 "blocks_per_s": snapshot.manifest.blocks_per_s,
@@ -310,8 +319,9 @@ class Pretrainer:
     def _swap_snapshot(self) -> None:
         """Takes the newest finished snapshot, if there is one: an assignment, nothing is copied."""
         newest = self.refresher.poll()
-        if newest is not None and newest.step > self.snapshot.step:
+        if newest is not None:
             self.snapshot = newest
+            self._prune()
         for failure in self.refresher.failures:
             log.warning("%s; training goes on with the index of step %d", failure, self.snapshot.step)
         self.refresh_failures += len(self.refresher.failures)
@@ -323,17 +333,16 @@ class Pretrainer:
         if not limit:
             return 0.0
         begin = time.monotonic()
-        while step - 1 - self.snapshot.step > limit and self.refresher.is_busy():
+        while step - 1 - self.snapshot.oldest_step > limit and self.refresher.is_busy():
             time.sleep(WAIT_POLL_S)
             self._swap_snapshot()
         return time.monotonic() - begin
 
     def _save(self) -> None:
         if self.step == self.config.pretrain.steps:  # what comes next searches an index of the final weights
-            self.refresher.close()  # whatever it is at would be older
-            self.snapshot = open_snapshot(
-                self.task.write(self.step, self.model.embedder, progress=self.progress)
-            )
+            if self.config.refresh.mode != "follow":
+                self.refresher.close()  # whatever it is at would be older
+            self.snapshot = self.refresher.make_now(self.step, self.model.embedder, progress=self.progress)
         save_checkpoint(
             self.checkpoints,
             self.step,
@@ -347,14 +356,23 @@ class Pretrainer:
             identity=self.identity,
             keep=self.config.pretrain.keep_checkpoints,
         )
+        self._prune()
+        self.metrics.flush()
+
+    def _prune(self) -> None:
         needed = {
             read_checkpoint(self.checkpoints / checkpoint_name(step)).state["snapshot"]
             for step in checkpoint_steps(self.checkpoints)
         }
         prune_snapshots(self.snapshots, keep=self.config.refresh.keep_snapshots, pinned=needed)
-        self.metrics.flush()
 
-    def _log(self, rates: dict[str, float], staleness_steps: int, masked_accuracy: float) -> None:
+    def _log(
+        self,
+        rates: dict[str, float],
+        staleness_steps: int,
+        oldest_staleness_steps: int,
+        masked_accuracy: float,
+    ) -> None:
         means = self.window.means()
         self.metrics.write(
             {
@@ -362,6 +380,7 @@ class Pretrainer:
                 **means,
                 "masked_accuracy": masked_accuracy,  # of this step alone
                 "staleness_steps": staleness_steps,
+                "oldest_staleness_steps": oldest_staleness_steps,
                 "snapshot_step": self.snapshot.step,
                 "reader_lr": rates.get("reader", 0.0),
                 "embedder_lr": rates.get("embedder", 0.0),
@@ -374,5 +393,5 @@ class Pretrainer:
         self.window = Window()
 
     def close(self) -> None:
-        self.refresher.close()
+        self.refresher.close(is_done=self.step == self.config.pretrain.steps)
         self.metrics.close()

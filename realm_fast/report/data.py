@@ -74,7 +74,8 @@ METRICS: Record = {"step": int, "skipped?": Maybe({"*": int})} | {
         "loss", "reader_lr", "embedder_lr", "grad_norm", "step_s",
         # of pre-training
         "retrieval_utility", "masked_accuracy", "null_probability", "staleness_steps", "snapshot_step",
-        "queries_per_s", "refresh_blocks_per_s", "trainer_wait_s", "refresh_failures",
+        "oldest_staleness_steps", "queries_per_s", "refresh_blocks_per_s", "trainer_wait_s", "handover_s",
+        "refresh_failures",
         # of fine-tuning
         "retriever_loss", "reader_loss", "questions_per_s", "with_answer_retrieved", "with_answer_read",
     )
