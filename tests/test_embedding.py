@@ -108,7 +108,7 @@ def test_bfloat16_is_near_and_float32(store, embedder):
     rough = embed_blocks(embedder, store, precision="bfloat16")
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.15
-    with pytest.raises(ConfigError, match="precision: expected float32 or bfloat16, got 'int8'"):
+    with pytest.raises(ConfigError, match="precision: expected auto, float32 or bfloat16, got 'int8'"):
         embed_blocks(embedder, store, precision="int8")
 
 
