@@ -9,11 +9,14 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from realm_fast.build import cpu_features
 from realm_fast.embedder import Embedder
 from realm_fast.errors import ConfigError
+from realm_fast.packed_trunk import PackedTrunk
 from realm_fast.packing import TokenBatch, TokenPack, pad_pack, row_multiple
 
 Precision = Literal["auto", "float32", "bfloat16"]
+_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -26,9 +29,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise ConfigError(f"precision: expected auto, float32 or bfloat16, got {precision!r}.")
     if precision != "auto":
         return precision
-    if device.type == "cpu":
-        return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-    return "bfloat16"
+    has_bfloat16 = (
+        cpu_features()["detected"]["avx512bf16"]  # CPUs with AMX have it too
+        if device.type == "cpu"
+        else torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 class BlockEncoder(Protocol):
@@ -48,7 +54,10 @@ class BlockEncoder(Protocol):
 
 def block_encoder(embedder: Embedder, precision: str) -> BlockEncoder:
     """The fastest encoder for the embedder's trunk, device and precision."""
-    return PaddedEncoder(embedder, resolve_precision(precision, embedder.device))
+    chosen = resolve_precision(precision, embedder.device)
+    trunk = embedder.block_side.trunk
+    packed = trunk.is_bert_layout and trunk.token_embedding.is_cpu
+    return PackedEncoder(embedder, chosen) if packed else PaddedEncoder(embedder, chosen)
 
 
 class PaddedEncoder:
@@ -71,4 +80,27 @@ class PaddedEncoder:
             return self._embedder.block_side.pooled_states(prepared.to(device))
 
     def computed_tokens(self, prepared: TokenBatch) -> int:
+        return prepared.ids.numel()
+
+
+class PackedEncoder:
+    """A trunk in BERT's layout on the CPU, by realm_fast.packed_trunk: nothing padded, weights made ready."""
+
+    row_multiple = 1
+
+    def __init__(self, embedder: Embedder, precision: str) -> None:
+        side = embedder.block_side
+        self._first_only = side.pooling == "cls"
+        self._trunk = PackedTrunk(side.trunk, _TYPES[precision], first_only=self._first_only)
+
+    def prepare(self, pack: TokenPack) -> TokenPack:
+        return pack
+
+    def encode(self, prepared: TokenPack) -> dict[str, torch.Tensor]:
+        states = self._trunk(prepared)
+        if self._first_only:
+            return {"hidden": states[:, None]}  # [R, 1, H]
+        return {"hidden": states, "cu_seqlens": prepared.cu_seqlens}  # [S, H]
+
+    def computed_tokens(self, prepared: TokenPack) -> int:
         return prepared.ids.numel()

@@ -128,6 +128,9 @@ class RefreshConfig:
         0, "the trainer waits rather than exceed this (0: never waits)", minimum=0
     )
     token_budget: int = setting(8192, "tokens in one pack of blocks, padding included", minimum=512)
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "float32", "of the trunk's products; auto: bfloat16 where the device has instructions for it"
+    )
     num_threads: int = setting(1, "torch threads of a refresher process", minimum=1)
     keep_snapshots: int = setting(2, "older ones are deleted unless a checkpoint needs them", minimum=1)
     max_restarts: int = setting(5, "of a refresher process that dies, with back-off", minimum=0)

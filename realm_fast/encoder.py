@@ -114,7 +114,7 @@ class Trunk(nn.Module):
         if self.is_bert_layout:
             return self._run_bert(batch, None)
         inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask.long()}
-        segments = self._segments(batch)
+        segments = self.segments(batch.segments) if self._takes_segments else None
         if segments is not None:
             inputs["token_type_ids"] = segments
         return self.model(**inputs).last_hidden_state
@@ -137,7 +137,7 @@ class Trunk(nn.Module):
         return _gather(self(batch), positions)
 
     def _run_bert(self, batch: TokenBatch, positions: torch.Tensor | None) -> torch.Tensor:
-        segments = self._segments(batch)
+        segments = self.segments(batch.segments) if self._takes_segments else None
         embeddings = self.model.embeddings
         # Given, because RoBERTa would take a token with its padding id for padding.
         places = (
@@ -154,11 +154,10 @@ class Trunk(nn.Module):
         rows = states if positions is None else _gather(states, positions)
         return _bert_layer(layers[-1], rows, states, mask)
 
-    def _segments(self, batch: TokenBatch) -> torch.Tensor | None:
-        if not self._takes_segments:
-            return None
+    def segments(self, segments: torch.Tensor) -> torch.Tensor:
+        """As the trunk tells them apart: all 0 where it knows one kind only."""
         kinds = getattr(self.config, "type_vocab_size", 0)
-        return batch.segments if kinds >= 2 else torch.zeros_like(batch.segments)
+        return segments if kinds >= 2 else torch.zeros_like(segments)
 
     def _check_length(self, batch: TokenBatch) -> None:
         if batch.ids.shape[1] > self.max_tokens:

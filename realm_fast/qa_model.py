@@ -132,6 +132,7 @@ def index_of(
                 store,
                 config.index,
                 token_budget=config.refresh.token_budget,
+                precision=config.refresh.precision,
                 progress=progress,
             )
     if not adopt or path.parent == out:

@@ -84,7 +84,8 @@ class RefreshTask:
     ) -> Path:
         return write_snapshot(
             self.folder, step, embedder, self.store, self.index,
-            token_budget=self.refresh.token_budget, should_stop=should_stop, progress=progress,
+            token_budget=self.refresh.token_budget, precision=self.refresh.precision,
+            should_stop=should_stop, progress=progress,
         )  # fmt: skip
 
 

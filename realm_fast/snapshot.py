@@ -15,9 +15,10 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from realm_fast.block_encoder import Precision
 from realm_fast.config import Config, IndexConfig
 from realm_fast.embedder import Embedder
-from realm_fast.embedding import EmbeddingStats, Precision, embed_blocks
+from realm_fast.embedding import EmbeddingStats, embed_blocks
 from realm_fast.errors import CorruptArtifactError, DataError, ProvenanceError
 from realm_fast.files import atomic_dir, read_json, sha256_file, write_json
 from realm_fast.index import FaissIndex, Index, MipsIndex, Provenance
@@ -145,6 +146,7 @@ def build_index_folder(
             store,
             config.index,
             token_budget=config.refresh.token_budget,
+            precision=config.refresh.precision,
             progress=progress,
         )
         for file in built.iterdir():
