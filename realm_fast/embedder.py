@@ -73,14 +73,6 @@ class EmbedderSide(nn.Module):
                 embedding = self.norm(embedding)
             return self.dropout(embedding)  # [R, D]
 
-    def rows(self, batch: TokenBatch) -> torch.Tensor:
-        """What `forward` gives in evaluation mode, with all that follows the trunk in one pass; no gradient.
-
-        Returns:
-            [R, D] float32.
-        """
-        return self.epilogue(**self.pooled_states(batch)).out
-
     def pooled_states(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         """The trunk's states that pooling will read, as arguments of `epilogue`."""
         if self.pooling == "cls":
@@ -88,7 +80,12 @@ class EmbedderSide(nn.Module):
         return {"hidden": self.trunk(batch), "lengths": batch.attention_mask.sum(dim=1)}  # [R, T, H]
 
     def epilogue(self, hidden: torch.Tensor, **arguments: Any) -> StoredRows:
-        """All that follows the trunk (see ops.embed_epilogue), in evaluation mode."""
+        """All that `forward` does after the trunk, in evaluation mode and in one pass; no gradient.
+
+        Args:
+            hidden: what pooling reads, [R, T, H] or ragged [S, H].
+            arguments: the others of ops.embed_epilogue: lengths or cu_seqlens, and where rows go.
+        """
         linear, norm = self.projection, self.norm
         return embed_epilogue(
             hidden,
@@ -175,14 +172,6 @@ class Embedder(nn.Module):
             [R, D] float32, under autocast too.
         """
         return self.block_side(batch)
-
-    def block_rows(self, batch: TokenBatch) -> torch.Tensor:
-        """`block_emb` for building an index: in evaluation mode, fused, without a gradient.
-
-        Returns:
-            [R, D] float32; `block_emb` to rounding.
-        """
-        return self.block_side.rows(batch)
 
     def pad(self, rows: Sequence[Row]) -> TokenBatch:
         """Rows as a batch on this embedder's device."""
