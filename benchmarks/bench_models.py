@@ -28,10 +28,11 @@ import numpy as np
 import torch
 
 import realm_fast.model as model_module
+from realm_fast.block_encoder import Precision
 from realm_fast.config import CorpusConfig, EmbedderConfig, MaskingConfig, ReaderConfig
 from realm_fast.corpus import build_corpus
 from realm_fast.embedder import Embedder
-from realm_fast.embedding import EmbeddingStats, Precision, embed_blocks
+from realm_fast.embedding import EmbeddingStats, embed_blocks
 from realm_fast.encoder import Trunk, _gather
 from realm_fast.index import MipsIndex
 from realm_fast.masking import MaskedQuery, Masker

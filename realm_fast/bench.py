@@ -9,6 +9,7 @@ BENCHMARKS = {
     "roofline": ["roofline"],
     "mips": ["bench_mips_topk"],
     "epilogue": ["bench_embed_epilogue"],
+    "refresh": ["bench_refresh"],
     "marginal": ["bench_marginal_lse", "bench_linear_marginal_ce"],
 }
 

@@ -205,7 +205,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--fresh", action="store_true", help="start over instead of going on where it stopped")
 
     sub = add("bench", _bench, "measure a kernel beside this machine's limit and its peers")
-    sub.add_argument("what", choices=["roofline", "mips", "marginal", "epilogue"])
+    sub.add_argument("what", choices=["roofline", "mips", "marginal", "epilogue", "refresh"])
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try --help")
 
     sub = add("info", _info, "what this build and this machine can run")

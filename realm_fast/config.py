@@ -136,6 +136,9 @@ class RefreshConfig:
     publish_every_shards: int = setting(
         0, "publish new shards among the older ones after every so many (0: when all are done)", minimum=0
     )
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "float32", "of the trunk's products; auto: bfloat16 where the device has instructions for it"
+    )
     num_threads: int = setting(1, "torch threads of a refresher process", minimum=1)
     cpu_affinity: str = setting("", "processors of a refresher process, like 0-3,8 (empty: any)")
     device: str = setting("cpu", "where a refresher process computes: auto, cpu, cuda, cuda:1, ...")

@@ -28,7 +28,7 @@ from realm_fast.config import EmbedderConfig
 from realm_fast.encoder import Trunk, load_trunk, trunk_config_dict, trunk_from_config_dict
 from realm_fast.errors import ConfigError
 from realm_fast.model_files import load_module, save_module
-from realm_fast.ops.embed_epilogue import embed_epilogue
+from realm_fast.ops.embed_epilogue import StoredRows, embed_epilogue
 from realm_fast.packing import Row, SpecialTokens, TokenBatch, pad_batch, row_multiple
 
 if TYPE_CHECKING:
@@ -73,28 +73,30 @@ class EmbedderSide(nn.Module):
                 embedding = self.norm(embedding)
             return self.dropout(embedding)  # [R, D]
 
-    def rows(self, batch: TokenBatch) -> torch.Tensor:
-        """What `forward` gives in evaluation mode, with all that follows the trunk in one pass; no gradient.
+    def pooled_states(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        """The trunk's states that pooling will read, as arguments of `epilogue`."""
+        if self.pooling == "cls":
+            return {"hidden": self._first_states(batch)}  # [R, 1, H]
+        return {"hidden": self.trunk(batch), "lengths": batch.attention_mask.sum(dim=1)}  # [R, T, H]
 
-        Returns:
-            [R, D] float32.
+    def epilogue(self, hidden: torch.Tensor, **arguments: Any) -> StoredRows:
+        """All that `forward` does after the trunk, in evaluation mode and in one pass; no gradient.
+
+        Args:
+            hidden: what pooling reads, [R, T, H] or ragged [S, H].
+            arguments: the others of ops.embed_epilogue: lengths or cu_seqlens, and where rows go.
         """
-        states, lengths = (
-            (self._first_states(batch), None)
-            if self.pooling == "cls"
-            else (self.trunk(batch), batch.attention_mask.sum(dim=1))
-        )
         linear, norm = self.projection, self.norm
         return embed_epilogue(
-            states,  # [R, 1, H] or [R, T, H]
-            lengths=lengths,
+            hidden,
             pooling=self.pooling,
             weight=None if linear is None else linear.weight,
             bias=None if linear is None else linear.bias,
             ln_eps=None if norm is None else norm.eps,
             ln_weight=None if norm is None else norm.weight,
             ln_bias=None if norm is None else norm.bias,
-        ).out
+            **arguments,
+        )
 
     def _first_states(self, batch: TokenBatch) -> torch.Tensor:
         first = torch.zeros(batch.ids.shape[0], 1, dtype=torch.int64, device=batch.ids.device)
@@ -170,14 +172,6 @@ class Embedder(nn.Module):
             [R, D] float32, under autocast too.
         """
         return self.block_side(batch)
-
-    def block_rows(self, batch: TokenBatch) -> torch.Tensor:
-        """`block_emb` for building an index: in evaluation mode, fused, without a gradient.
-
-        Returns:
-            [R, D] float32; `block_emb` to rounding.
-        """
-        return self.block_side.rows(batch)
 
     def pad(self, rows: Sequence[Row]) -> TokenBatch:
         """Rows as a batch on this embedder's device."""

@@ -58,6 +58,7 @@ class Trunk(nn.Module):
     Attributes:
         config: the Hugging Face configuration.
         mlm_head: the masked-LM head, or None.
+        is_bert_layout: whether it has BERT's modules, which are then run here and not by transformers.
         source: where the weights came from, for messages.
         notes: what a user should know about how they were loaded ("no masked-LM head in ...: a fresh one").
     """
@@ -71,11 +72,11 @@ class Trunk(nn.Module):
         self.config = model.config
         self.source = source
         self.notes: list[str] = []
-        self._runs_here = self.config.model_type in _BERT_LAYOUT and not getattr(
+        self.is_bert_layout = self.config.model_type in _BERT_LAYOUT and not getattr(
             self.config, "is_decoder", False
         )
         if getattr(self.config, "position_embedding_type", "absolute") not in ("absolute", None):
-            self._runs_here = False
+            self.is_bert_layout = False
         self._takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
         self.train()  # as every new module; transformers hands out pretrained ones in evaluation mode
 
@@ -95,10 +96,11 @@ class Trunk(nn.Module):
     @property
     def max_tokens(self) -> int:
         """The longest row it can take."""
-        return int(self.config.max_position_embeddings) - self._first_position
+        return int(self.config.max_position_embeddings) - self.first_position
 
     @property
-    def _first_position(self) -> int:
+    def first_position(self) -> int:
+        """The position of a row's first token in the table of positions."""
         # RoBERTa counts positions from pad_token_id + 1.
         return self.config.pad_token_id + 1 if self.config.model_type in _ROBERTA_LIKE else 0
 
@@ -109,10 +111,10 @@ class Trunk(nn.Module):
             [R, T, H]; the states of padding are finite and mean nothing.
         """
         self._check_length(batch)
-        if self._runs_here:
+        if self.is_bert_layout:
             return self._run_bert(batch, None)
         inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask.long()}
-        segments = self._segments(batch)
+        segments = self.segments(batch.segments) if self._takes_segments else None
         if segments is not None:
             inputs["token_type_ids"] = segments
         return self.model(**inputs).last_hidden_state
@@ -129,17 +131,17 @@ class Trunk(nn.Module):
         Returns:
             [R, M, H], equal to `forward(batch)` gathered at `positions` up to rounding.
         """
-        if self._runs_here:
+        if self.is_bert_layout:
             self._check_length(batch)
             return self._run_bert(batch, positions)
         return _gather(self(batch), positions)
 
     def _run_bert(self, batch: TokenBatch, positions: torch.Tensor | None) -> torch.Tensor:
-        segments = self._segments(batch)
+        segments = self.segments(batch.segments) if self._takes_segments else None
         embeddings = self.model.embeddings
         # Given, because RoBERTa would take a token with its padding id for padding.
         places = (
-            self._first_position + torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
+            self.first_position + torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
         )  # [1, T]
         states = embeddings(input_ids=batch.ids, token_type_ids=segments, position_ids=places)  # [R, T, H]
         # A mask rules out the fastest attention kernels; without padding none is needed.
@@ -152,11 +154,10 @@ class Trunk(nn.Module):
         rows = states if positions is None else _gather(states, positions)
         return _bert_layer(layers[-1], rows, states, mask)
 
-    def _segments(self, batch: TokenBatch) -> torch.Tensor | None:
-        if not self._takes_segments:
-            return None
+    def segments(self, segments: torch.Tensor) -> torch.Tensor:
+        """As the trunk tells them apart: all 0 where it knows one kind only."""
         kinds = getattr(self.config, "type_vocab_size", 0)
-        return batch.segments if kinds >= 2 else torch.zeros_like(batch.segments)
+        return segments if kinds >= 2 else torch.zeros_like(segments)
 
     def _check_length(self, batch: TokenBatch) -> None:
         if batch.ids.shape[1] > self.max_tokens:

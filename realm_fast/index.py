@@ -283,6 +283,26 @@ class MipsIndex:
         index.add(emb, ids)
         return index
 
+    @classmethod
+    def from_slab(
+        cls, slab: Slab, irregular: np.ndarray, *, first_id: int = 0, provenance: Provenance | None = None
+    ) -> "MipsIndex":
+        """An index over rows that lie in its layout already (see realm_fast.index_builder).
+
+        Args:
+            slab: its rows, handed over; the padding of its last panel cleared.
+            irregular: int64, ascending: rows that only float32 can hold.
+            first_id: the id of row 0; the others count on from it.
+        """
+        rows = _Rows(slab.dim, slab.dtype, None, provenance=provenance)
+        if slab.num_rows:
+            rows.slabs = [slab]
+        rows.num_rows, rows.irregular = slab.num_rows, irregular
+        rows.next_id = first_id + slab.num_rows
+        if first_id:
+            rows.ids = np.arange(first_id, rows.next_id)
+        return cls(rows)
+
     @contextmanager
     def _change(self) -> Iterator[_Rows]:
         """The rows, with nobody else reading or changing them."""

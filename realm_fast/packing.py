@@ -39,6 +39,12 @@ class SpecialTokens(NamedTuple):
         return cls(tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
 
 
+class HasBlocks(Protocol):
+    """What packs are gathered from: a TokenStore."""
+
+    def array(self, name: str) -> np.ndarray: ...
+
+
 class HasSpecialTokens(Protocol):
     @property
     def cls_id(self) -> int: ...
@@ -55,6 +61,14 @@ class Row(NamedTuple):
 
     ids: np.ndarray  # [t] int32
     segments: np.ndarray  # [t] uint8, 0 or 1
+
+
+class TokenPack(NamedTuple):
+    """R rows without padding, one after the other."""
+
+    ids: torch.Tensor  # [S] int64
+    segments: torch.Tensor  # [S] int64, 0 or 1
+    cu_seqlens: torch.Tensor  # [R + 1] int64: row r has the tokens cu_seqlens[r] to cu_seqlens[r + 1]
 
 
 class TokenBatch(NamedTuple):
@@ -116,7 +130,12 @@ def pad_batch(
 
     `max_tokens`, where given, is what the model has positions for: rounding stops there.
     """
-    lengths = row_lengths(rows)
+    return pad_pack(pack_rows(rows), pad_id, multiple_of, max_tokens)
+
+
+def pad_pack(pack: TokenPack, pad_id: int, multiple_of: int = 8, max_tokens: int | None = None) -> TokenBatch:
+    """The rows of a pack on the CPU as `pad_batch` would stack them."""
+    lengths = np.diff(pack.cu_seqlens.numpy())
     longest = int(lengths.max(initial=0))
     width = padded_length(longest, multiple_of)
     if max_tokens is not None:
@@ -124,11 +143,55 @@ def pad_batch(
     mask = np.arange(width) < lengths[:, None]  # [R, T]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     segments = np.zeros(mask.shape, dtype=np.int64)
-    if rows:
-        # A boolean assignment fills row by row, which is the order of the concatenation.
-        ids[mask] = np.concatenate([row.ids for row in rows])
-        segments[mask] = np.concatenate([row.segments for row in rows])
+    # A boolean assignment fills row by row, which is the order of the pack.
+    ids[mask] = pack.ids.numpy()
+    segments[mask] = pack.segments.numpy()
     return TokenBatch(torch.from_numpy(ids), torch.from_numpy(segments), torch.from_numpy(mask))
+
+
+def pack_rows(rows: Sequence[Row]) -> TokenPack:
+    """Rows one after the other."""
+    ids = np.concatenate([NO_TOKENS, *(row.ids for row in rows)]).astype(np.int64)
+    segments = np.concatenate([NO_TOKENS, *(row.segments for row in rows)]).astype(np.int64)
+    return TokenPack(torch.from_numpy(ids), torch.from_numpy(segments), _cu_seqlens(row_lengths(rows)))
+
+
+def pack_blocks(store: HasBlocks, block_ids: np.ndarray, special: SpecialTokens) -> TokenPack:
+    """`block_input` of many blocks of a token store at once, in the order asked for.
+
+    Equal to `pack_rows([block_input(store.title_tokens(i), store.body_tokens(i), special) for i in ...])`,
+    with a few array operations for a pack where that takes microseconds of Python for a block.
+    """
+    documents = store.array("block_document")[block_ids]
+    title_offsets, body_offsets = store.array("title_token_offsets"), store.array("body_offsets")
+    title_lengths = title_offsets[documents + 1] - title_offsets[documents]  # [R]
+    body_lengths = body_offsets[block_ids + 1] - body_offsets[block_ids]
+    cu_seqlens = _cu_seqlens(title_lengths + body_lengths + 3)
+    starts = cu_seqlens.numpy()[:-1]
+    middles = starts + title_lengths + 1  # where the [SEP] after the title stands
+    ids = np.empty(int(cu_seqlens[-1]), dtype=np.int64)
+    ids[starts] = special.cls_id
+    ids[middles] = special.sep_id
+    ids[middles + body_lengths + 1] = special.sep_id
+    for name, first, lengths, places in (
+        ("title_tokens", title_offsets[documents], title_lengths, starts + 1),
+        ("body_tokens", body_offsets[block_ids], body_lengths, middles + 1),
+    ):
+        within = _ranges(lengths)
+        ids[np.repeat(places, lengths) + within] = store.array(name)[np.repeat(first, lengths) + within]
+    segments = np.zeros(len(ids), dtype=np.int64)
+    segments[np.repeat(middles + 1, body_lengths + 1) + _ranges(body_lengths + 1)] = 1
+    return TokenPack(torch.from_numpy(ids), torch.from_numpy(segments), cu_seqlens)
+
+
+def _cu_seqlens(lengths: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+
+def _ranges(lengths: np.ndarray) -> np.ndarray:
+    """0 .. n-1 for every n of `lengths`, one after the other."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
 def row_lengths(rows: Sequence[Row]) -> np.ndarray:

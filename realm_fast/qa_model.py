@@ -131,6 +131,7 @@ def index_of(
                 config.index,
                 token_budget=config.refresh.token_budget,
                 shard_blocks=config.refresh.shard_blocks,
+                precision=config.refresh.precision,
                 progress=progress,
             )
     if not adopt or path.parent == out:

@@ -105,8 +105,9 @@ class RefreshTask:
         """Publishes the snapshot of these weights. The caller must own the folder (realm_fast.ownership)."""
         return write_snapshot(
             self.folder, step, embedder, self.store, self.index,
-            token_budget=self.refresh.token_budget, shard_blocks=self.refresh.shard_blocks,
-            shard_order=shard_order, publish_every_shards=self.refresh.publish_every_shards,
+            token_budget=self.refresh.token_budget, precision=self.refresh.precision,
+            shard_blocks=self.refresh.shard_blocks, shard_order=shard_order,
+            publish_every_shards=self.refresh.publish_every_shards,
             should_stop=should_stop, progress=progress,
         )  # fmt: skip
 

@@ -56,6 +56,7 @@ class SnapshotManifest:
     corpus_hash: str
     backend: str
     dtype: str
+    precision: str  # of the products that made the embeddings: float32 or bfloat16
     dim: int
     num_blocks: int
     shard_blocks: int  # blocks in every shard but the last

@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from realm_fast import index_file
+from realm_fast.block_encoder import Precision, resolve_precision
 from realm_fast.config import Config, IndexConfig
 from realm_fast.embedder import Embedder
-from realm_fast.embedding import EmbeddingStats, EmbeddingStopped, Precision, embed_blocks
+from realm_fast.embedding import EmbeddingStats, EmbeddingStopped, embed_blocks, embed_index
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, ProvenanceError
 from realm_fast.files import atomic_dir, disk_errors, fsync_dir, link_or_copy, remove_staging, write_json
 from realm_fast.index import FaissIndex, MipsIndex, Provenance
@@ -52,6 +53,7 @@ class _Plan:
     corpus_hash: str
     backend: str
     dtype: str
+    precision: str
     dim: int
     num_blocks: int
     shard_blocks: int
@@ -76,7 +78,7 @@ class _Plan:
 
     def manifest(self, shards: Sequence[ShardRecord], seconds: float, blocks: int) -> SnapshotManifest:
         return SnapshotManifest(
-            FORMAT_VERSION, self.step, self.corpus_hash, self.backend, self.dtype, self.dim,
+            FORMAT_VERSION, self.step, self.corpus_hash, self.backend, self.dtype, self.precision, self.dim,
             self.num_blocks, self.shard_blocks,
             round(seconds, 3), round(blocks / seconds, 1) if seconds else 0.0, tuple(shards),
         )  # fmt: skip
@@ -123,14 +125,15 @@ def write_snapshot(
             f"refresh.shard_blocks: expected a positive multiple of {PANEL_ROWS}, got {shard_blocks}"
         )
     plan = _Plan(
-        step, embedder.hash(), store.corpus_hash, config.backend, config.dtype, embedder.dim, len(store),
+        step, embedder.hash(), store.corpus_hash, config.backend, config.dtype,
+        resolve_precision(precision, embedder.device), embedder.dim, len(store),
         len(store) if config.backend == "faiss" else shard_blocks,
     )  # fmt: skip
     order = list(range(plan.num_shards)) if shard_order is None else list(shard_order)
     if sorted(order) != list(range(plan.num_shards)):
         raise ValueError(f"shard_order: expected a permutation of 0 .. {plan.num_shards - 1}, got {order}")
     path = folder / snapshot_name(step)
-    if _is_made_from(path, plan.provenance):
+    if _is_made_from(path, plan.provenance, plan.precision):
         return path
     building = folder / plan.building_name
     with disk_errors(building):
@@ -150,11 +153,11 @@ def write_snapshot(
                         return should_stop is not None and should_stop()
 
                     began = time.monotonic()
-                    index = _embed_shard(
+                    # Not named here: its memory must be free before the next shard is embedded.
+                    record = _write_shard(building, plan, number, _embed_shard(
                         embedder, store, config, plan, number,
-                        token_budget=token_budget, precision=precision, should_stop=stop, stats=stats,
-                    )  # fmt: skip
-                    record = _write_shard(building, plan, number, index)
+                        token_budget=token_budget, should_stop=stop, stats=stats,
+                    ))  # fmt: skip
                     seconds, blocks = seconds + time.monotonic() - began, blocks + record.num_blocks
                 elif should_stop is not None and should_stop():
                     raise EmbeddingStopped(f"stopped after {done - 1} of {plan.num_shards} shards.")
@@ -179,19 +182,21 @@ def _embed_shard(
     number: int,
     *,
     token_budget: int,
-    precision: Precision,
     should_stop: Callable[[], bool],
     stats: EmbeddingStats,
 ) -> MipsIndex | FaissIndex:
     """The only place where blocks become an index."""
     _, first, count = plan.shard(number)
-    embeddings = embed_blocks(
-        embedder, store, block_ids=range(first, first + count), token_budget=token_budget,
-        precision=precision, should_stop=should_stop, stats=stats,
-    )  # [S, D]  # fmt: skip
     if config.backend == "faiss":
+        embeddings = embed_blocks(
+            embedder, store, token_budget=token_budget, precision=plan.precision, should_stop=should_stop,
+            stats=stats,
+        )  # [N, D]: one shard holds everything  # fmt: skip
         return FaissIndex.from_embeddings(embeddings, config.faiss_factory, provenance=plan.provenance)
-    return MipsIndex.from_embeddings(embeddings, dtype=config.dtype, provenance=plan.provenance)
+    return embed_index(
+        embedder, store, first, count, dtype=config.dtype, token_budget=token_budget,
+        precision=plan.precision, provenance=plan.provenance, should_stop=should_stop, stats=stats,
+    )  # fmt: skip
 
 
 def _prepare(folder: Path, building: Path) -> None:
@@ -256,7 +261,7 @@ def _newest_like(folder: Path, plan: _Plan) -> tuple[Path, SnapshotManifest] | N
             continue
         with contextlib.suppress(DataError, CorruptArtifactError):
             manifest = read_manifest(one.path)
-            names = ("corpus_hash", "backend", "dtype", "dim", "num_blocks", "shard_blocks")
+            names = ("corpus_hash", "backend", "dtype", "precision", "dim", "num_blocks", "shard_blocks")
             if all(getattr(manifest, name) == getattr(plan, name) for name in names):
                 return one.path, manifest
     return None
@@ -284,16 +289,20 @@ def build_index_folder(
         TakenError: another process is building it.
     """
     provenance = Provenance(encoder_hash=embedder.hash(), corpus_hash=store.corpus_hash, step=0)
+    precision = resolve_precision(config.refresh.precision, embedder.device)
     if out.exists():
-        if not _is_made_from(out, provenance):
-            raise DataError(f"{out}: exists already, and is not the index of these weights and this corpus.")
+        if not _is_made_from(out, provenance, precision):
+            raise DataError(
+                f"{out}: exists already, and is not the index of these weights and this corpus, "
+                f"embedded in {precision}."
+            )
         return read_manifest(out)
     workshop = out.with_name(BUILDING_PREFIX + out.name)
     with own(workshop, "builder of an index"), disk_errors(out):
         built = write_snapshot(
             workshop, 0, embedder, store, config.index,
-            token_budget=config.refresh.token_budget, shard_blocks=config.refresh.shard_blocks,
-            progress=progress,
+            token_budget=config.refresh.token_budget, precision=config.refresh.precision,
+            shard_blocks=config.refresh.shard_blocks, progress=progress,
         )  # fmt: skip
         if not (built / "embedder").exists():
             embedder.save(built / "embedder")
@@ -303,7 +312,8 @@ def build_index_folder(
     return read_manifest(out)
 
 
-def _is_made_from(path: Path, provenance: Provenance) -> bool:
+def _is_made_from(path: Path, provenance: Provenance, precision: str) -> bool:
     with contextlib.suppress(DataError, CorruptArtifactError, ProvenanceError):
-        return open_snapshot(path, expect=provenance, verify=True).step == provenance.step
+        manifest = open_snapshot(path, expect=provenance, verify=True).manifest
+        return (manifest.step, manifest.precision) == (provenance.step, precision)
     return False

@@ -108,7 +108,7 @@ def test_bfloat16_is_near_and_float32(store, embedder):
     rough = embed_blocks(embedder, store, precision="bfloat16")
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.15
-    with pytest.raises(ConfigError, match="precision: expected float32 or bfloat16, got 'int8'"):
+    with pytest.raises(ConfigError, match="precision: expected auto, float32 or bfloat16, got 'int8'"):
         embed_blocks(embedder, store, precision="int8")
 
 
@@ -166,8 +166,9 @@ def test_the_fused_epilogue_gives_what_the_layers_give(store, pooling, layers):
     rows = [block_input(store.title_tokens(i), store.body_tokens(i), embedder.special) for i in range(12)]
     batch = embedder.pad(rows)
     with torch.no_grad():
-        expected, got = embedder.block_emb(batch), embedder.block_rows(batch)
+        states = embedder.block_side.pooled_states(batch)
+        expected, got = embedder.block_emb(batch), embedder.block_side.epilogue(**states).out
     assert got.shape == expected.shape
     assert (got - expected).norm(dim=1).max() <= 1e-5 * expected.norm(dim=1).min()
     with pytest.raises(RuntimeError, match="inference only"):
-        embedder.block_rows(batch)
+        embedder.block_side.epilogue(**states)

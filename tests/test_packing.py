@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_world import make_store, real_documents
 
 from realm_fast.errors import DataError
 from realm_fast.packing import (
@@ -18,6 +19,8 @@ from realm_fast.packing import (
     bucket_by_length,
     joint_input,
     null_block_input,
+    pack_blocks,
+    pack_rows,
     pad_batch,
     padded_length,
     plan_packs,
@@ -152,3 +155,13 @@ def test_packs_waste_under_five_percent_on_lengths_like_those_of_a_corpus():
     lengths = np.clip(np.random.default_rng(0).normal(106, 40, 10_000), 20, 288).astype(np.int64)
     assert plan_packs(lengths, 16384, multiple_of=4).padding_waste < 0.04
     assert plan_packs(lengths, 16384, multiple_of=8).padding_waste < 0.05
+
+
+@pytest.mark.parametrize("ids", [[], [0], [5, 2, 2, 9], list(range(12))])
+def test_many_blocks_at_once_are_the_blocks_one_by_one(tmp_path, ids):
+    store = make_store(tmp_path, [*real_documents(12), ("", "A text without a title.")])
+    special = SpecialTokens.of(store.tokenizer())
+    rows = [block_input(store.title_tokens(i), store.body_tokens(i), special) for i in ids]
+    for got, expected in zip(pack_blocks(store, np.array(ids, np.int64), special), pack_rows(rows)):
+        assert got.dtype == torch.int64
+        assert torch.equal(got, expected)

@@ -208,17 +208,17 @@ def test_half_a_snapshot_of_weights_that_nobody_wants_any_more_is_deleted(
 
 
 def test_memory_holds_one_shard_at_a_time(tmp_path, embedder, store, monkeypatch):
-    real = snapshot_writer.embed_blocks
+    real = snapshot_writer.embed_index
     made = []
 
     def watched(*arguments, **options):
-        assert all(earlier() is None for earlier in made)  # the embeddings before are gone
-        rows = real(*arguments, **options)
-        assert len(rows) <= SHARD
-        made.append(weakref.ref(rows))
-        return rows
+        assert all(earlier() is None for earlier in made)  # the shards before are gone
+        index = real(*arguments, **options)
+        assert len(index) <= SHARD
+        made.append(weakref.ref(index))
+        return index
 
-    monkeypatch.setattr(snapshot_writer, "embed_blocks", watched)
+    monkeypatch.setattr(snapshot_writer, "embed_index", watched)
     write(tmp_path, 1, embedder, store)
     assert len(made) == SHARDS
 
@@ -310,13 +310,13 @@ def test_a_mismatch_names_both_sides(tmp_path, embedder, store):
 
 def test_truncated_altered_exchanged_or_missing_files_are_refused(tmp_path, embedder, store):
     path = write(tmp_path, 1, embedder, store)
-    first, second = path / "shard-00000.safetensors", path / "shard-00001.safetensors"
+    second, third = path / "shard-00001.safetensors", path / "shard-00002.safetensors"  # of one size
     content = bytearray(second.read_bytes())
     content[-1] ^= 1
     second.write_bytes(content)
     with pytest.raises(CorruptArtifactError, match=r"shard-00001.safetensors: its data is not as it was"):
         open_snapshot(path, verify=True)
-    second.write_bytes(first.read_bytes())  # whole and well, but in the wrong place: seen without reading it
+    second.write_bytes(third.read_bytes())  # whole and well, but in the wrong place: seen without reading it
     with pytest.raises(CorruptArtifactError, match="another one than was written here"):
         open_snapshot(path)
     second.write_bytes(content[:-10])

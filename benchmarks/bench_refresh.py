@@ -1,0 +1,28 @@
+"""What a refresh of the index costs, in suites of their own.
+
+realm-fast bench refresh                        every suite
+realm-fast bench refresh throughput --help      blocks/s beside SentenceTransformer.encode and transformers
+"""
+
+import importlib
+import sys
+
+SUITES = {"throughput": "refresh_throughput"}  # name -> module of realm_fast.benchmarks with main(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"{(__doc__ or '').strip()}\n\nsuites: {', '.join(SUITES)}")
+        return
+    named = arguments and not arguments[0].startswith("-")
+    if named and arguments[0] not in SUITES:
+        raise SystemExit(
+            f"bench refresh: expected one of the suites {', '.join(SUITES)}, got {arguments[0]!r}"
+        )
+    for name in [arguments.pop(0)] if named else SUITES:
+        importlib.import_module(f"realm_fast.benchmarks.{SUITES[name]}").main(arguments)
+
+
+if __name__ == "__main__":
+    main()
