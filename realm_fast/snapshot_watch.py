@@ -133,6 +133,6 @@ class SnapshotWatch:
             try:
                 self._also()
                 self.look()
-            except OSError as error:
+            except Exception as error:  # the file system is away, say; without a watch there is no refresh
                 log.warning("%s: cannot be looked at now: %s", self._folder, error)
                 self._closed.wait(AWAY_S)

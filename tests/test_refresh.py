@@ -36,7 +36,7 @@ from realm_fast.snapshot import list_snapshots, open_snapshot, published_snapsho
 from tests import qa_world
 from tests.qa_world import one_thread  # noqa: F401 (a fixture)
 
-PATIENCE_S = 60
+PATIENCE_S = 180
 BLOCKS, SHARD = 100, 48
 
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from realm_fast.config import apply_overrides
 from realm_fast.errors import ConfigError, DataError, ProvenanceError, TrainingDivergedError, UserError
 from realm_fast.metrics import read_jsonl, read_metrics
 from realm_fast.optim import step_seed
+from realm_fast.ownership import Sighting
+from realm_fast.refresher import run_refresher
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import list_snapshots, snapshot_name
 from realm_fast.train import Pretrainer, pretrain
@@ -223,6 +226,33 @@ def test_a_live_refresh_never_makes_the_trainer_wait(tmp_path, store):
     assert all(line["trainer_wait_s"] == 0 for line in lines)
     assert all(line["refresh_failures"] == 0 for line in lines)
     assert lines[-1]["snapshot_step"] > 0
+
+
+@pytest.mark.parametrize("is_there", [True, False], ids=["with a refresher", "without"])
+def test_a_refresher_beside_the_trainer_serves_it_to_the_end(tmp_path, store, is_there):
+    run, config = new_run(
+        tmp_path, store, "refresh.mode=follow", "refresh.every_steps=2", "refresh.max_staleness_steps=4",
+        "pretrain.illustrations=0",
+    )  # fmt: skip
+    refresher = threading.Thread(target=run_refresher, args=(run, config))
+    if is_there:
+        refresher.start()
+        sighting = Sighting(run.snapshots_dir)
+        while not sighting.is_owned():
+            time.sleep(0.01)
+    pretrain(run, config)
+    lines = read_metrics(run.pretrain_dir / "metrics.jsonl")
+    assert all(line["refresh_failures"] == 0 for line in lines)
+    assert all(line["oldest_staleness_steps"] == line["staleness_steps"] for line in lines)
+    if is_there:
+        refresher.join(60)  # it ends with the run
+        assert not refresher.is_alive()
+        assert max(line["staleness_steps"] for line in lines) <= 4
+    else:
+        assert {line["snapshot_step"] for line in lines} == {0}
+        assert all(line["trainer_wait_s"] == 0 for line in lines)  # nobody is there to wait for
+    checkpoint = newest_checkpoint(run.pretrain_dir / "checkpoints")
+    assert checkpoint.state["snapshot"] == snapshot_name(STEPS)
 
 
 def test_max_staleness_makes_it_wait(tmp_path, store):
