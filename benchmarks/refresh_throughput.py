@@ -46,7 +46,9 @@ PEER_BATCH_BLOCKS = 32  # also SentenceTransformer's default
 TOP_K = 10
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SENTENCE_TRANSFORMER = "SentenceTransformer.encode"
+TRANSFORMERS = "transformers, batches of 32"
 REFERENCE = "float32, packed"
+MARKS = ("<!-- bench refresh throughput: begin -->", "<!-- bench refresh throughput: end -->")
 
 
 @dataclass
@@ -82,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="2 slices of 60 blocks, nothing written")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/...")
     parser.add_argument("--plot", type=Path, help="also draw the table here")
+    parser.add_argument("--table", type=Path, help="also put the table between the marks of this page")
+    parser.add_argument("--arms", nargs="+", help="only these beside the reference (default: all)")
     options = parser.parse_args(argv)
     if options.quick:
         options.slices, options.slice_blocks = 2, 60
@@ -95,7 +99,10 @@ def main(argv: list[str] | None = None) -> None:
         )
         embedder = load_embedder(options.trunk, options.pooling, store)
         result = measure(embedder, store, options)
-    print_result(result)
+    text = as_markdown(result)
+    print(text)
+    if options.table is not None:
+        put_between_marks(options.table, text)
     path = options.json or (
         None if options.quick else RESULTS / f"refresh_throughput-{device_slug()}-{date.today()}.json"
     )
@@ -125,6 +132,11 @@ def measure(embedder: Embedder, store: TokenStore, options: argparse.Namespace) 
         )
     embedder.eval()  # the peer runs its modules as they stand
     arms, left_out = make_arms(embedder, store, options)
+    if options.arms:
+        if unknown := set(options.arms) - set(arms):
+            raise SystemExit(f"--arms: expected some of {list(arms)}, got {sorted(unknown)}")
+        left_out |= dict.fromkeys(set(arms) - {REFERENCE, *options.arms}, "not among --arms")
+        arms = {name: arm for name, arm in arms.items() if name in (REFERENCE, *options.arms)}
     warm_up(arms)
     for first in slices:
         for arm in arms.values():
@@ -161,7 +173,7 @@ def measure(embedder: Embedder, store: TokenStore, options: argparse.Namespace) 
             "epilogue_share": arm.stats.epilogue_share,
             "encoder_idle": arm.stats.encoder_idle if arm.stats.encoder_seconds else None,
         }
-        for peer in (SENTENCE_TRANSFORMER, "transformers, batches of 32"):
+        for peer in (SENTENCE_TRANSFORMER, TRANSFORMERS):
             if peer in arms:
                 ratios = [p / s for p, s in zip(arms[peer].seconds, arm.seconds, strict=True)]
                 row[f"times {peer}"] = [min(ratios), statistics.median(ratios), max(ratios)]
@@ -195,7 +207,7 @@ def make_arms(
                 ),
                 precision,
             )
-    arms["transformers, batches of 32"] = Arm(lambda first, count: batches(embedder, store, first, count))
+    arms[TRANSFORMERS] = Arm(lambda first, count: batches(embedder, store, first, count))
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -322,36 +334,47 @@ def overlap(queries: torch.Tensor, values: torch.Tensor, expected: torch.Tensor)
     return float((got[:, :, None] == want[:, None, :]).any(2).float().mean())
 
 
-def print_result(result: dict) -> None:
+def as_markdown(result: dict) -> str:
     facts = result["machine"]
-    print(
-        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, load {facts['load']:.1f}, "
-        f"{facts['date']}\n{result['trunk']}, {result['pooling']} pooling, {result['blocks']} blocks of "
-        f"{result['tokens_per_block']:.0f} tokens, index {result['index_dtype']}, packs of "
-        f"{result['token_budget']} tokens\n"
-        + ", ".join(
-            f"linear {precision}: {rate:.0f} GFLOP/s"
-            for precision, rate in result["linear_peak_gflop_per_s"].items()
-        )
-        + "\n"
+    peaks = ", ".join(
+        f"{precision} {rate:.0f}" for precision, rate in sorted(result["linear_peak_gflop_per_s"].items())
     )
-    print("| arm | blocks/s (slices) | GFLOP/s | of linear peak | padding | epilogue | idle | overlap@10 | "
-          "x encode | x transformers |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    lines = [
+        f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}, load {facts['load']:.1f}, "
+        f"{facts['date']}; {result['trunk']}, {result['pooling']} pooling, {result['blocks']} blocks of "
+        f"{result['tokens_per_block']:.0f} tokens in {len(result['rows'][0]['slice_blocks_per_s'])} slices, "
+        f"index {result['index_dtype']}, packs of {result['token_budget']} tokens; linear peak, GFLOP/s: "
+        f"{peaks}. In brackets the slowest and the fastest slice.",
+        "",
+        "| arm | blocks/s | GFLOP/s | of linear peak | padding | epilogue | idle | overlap@10 | x encode | "
+        "x transformers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         slices = row["slice_blocks_per_s"]
+        ours_alone = row["encoder_idle"] is not None
         cells = [
             row["arm"], f"{row['blocks_per_s']:.1f} ({min(slices):.1f}-{max(slices):.1f})",
             f"{row['gflop_per_s']:.0f}", f"{row['share_of_linear_peak']:.0%}",
             "" if row["arm"] == SENTENCE_TRANSFORMER else f"{row['padding_waste']:.1%}",
-            "" if row["encoder_idle"] is None else f"{row['epilogue_share']:.2%}",
-            "" if row["encoder_idle"] is None else f"{row['encoder_idle']:.2%}",
+            f"{row['epilogue_share']:.2%}" if ours_alone else "",
+            f"{row['encoder_idle']:.2%}" if ours_alone else "",
             f"{row[f'overlap_at_{TOP_K}']:.4f}", _ratio(row.get(f"times {SENTENCE_TRANSFORMER}")),
-            _ratio(row.get("times transformers, batches of 32")),
+            _ratio(row.get(f"times {TRANSFORMERS}")),
         ]  # fmt: skip
-        print(f"| {' | '.join(cells)} |")
-    for name, reason in result["left_out"].items():
-        print(f"\nleft out: {name}: {reason}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\nLeft out: {name}: {reason}." for name, reason in result["left_out"].items()]
+    return "\n".join(lines)
+
+
+def put_between_marks(page: Path, text: str) -> None:
+    """Replaces what stands between the page's two marks."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not begin or not end:
+        raise SystemExit(f"--table {page}: it holds no lines {MARKS[0]} and {MARKS[1]}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    print(f"wrote {page}")
 
 
 def _ratio(values: list[float] | None) -> str:

@@ -96,7 +96,9 @@ class _Layer:
             places = slice(done, done + rows) if self._first_only else slice(begin, end)
             done += rows
             mixed = F.scaled_dot_product_attention(
-                *(self._split(part, rows) for part in (query[places], key[begin:end], value[begin:end]))
+                self._split(query[places], rows),
+                self._split(key[begin:end], rows),
+                self._split(value[begin:end], rows),
             )  # [rows, heads, ., width]
             context[places] = mixed.transpose(1, 2).reshape(-1, context.shape[1])
         states = self._out_norm(self._out(context).float().add_(states))

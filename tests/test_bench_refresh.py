@@ -45,14 +45,14 @@ def test_overlap_counts_shared_results():
     assert bench.overlap(queries, shifted, expected) == pytest.approx(0.7)
 
 
-def test_a_small_run(store, tmp_path, capsys):
+def test_a_small_run(store, tmp_path):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         "".join(json.dumps({"question": f"who was {w}", "answer": ["x"]}) + "\n" for w in ("first", "last"))
     )
     options = argparse.Namespace(
         slices=2, slice_blocks=10, token_budget=256, dtype="int8", bfloat16=True, pooling="mean",
-        questions=str(questions), num_questions=0, trunk="small",
+        questions=str(questions), num_questions=0, trunk="small", arms=None,
     )  # fmt: skip
     result = bench.measure(embedder_of(store), store, options)
     assert result["blocks"] == 20
@@ -67,10 +67,30 @@ def test_a_small_run(store, tmp_path, capsys):
             assert row["largest_error"] < 1e-5
     assert by_arm["float32, packed"]["padding_waste"] == 0
     assert by_arm["transformers, batches of 32"]["padding_waste"] > 0.1
-    bench.print_result(result)
-    assert "| float32, packed |" in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(["before", bench.MARKS[0], "old", bench.MARKS[1], "after"]))
+    bench.put_between_marks(page, bench.as_markdown(result))
+    assert page.read_text().startswith(f"before\n{bench.MARKS[0]}\n")
+    assert page.read_text().endswith(f"{bench.MARKS[1]}\nafter")
+    assert "| float32, packed |" in page.read_text()
+    assert "old" not in page.read_text()
     bench.draw(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_chosen_arms_and_unknown_ones(store, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "who", "answer": ["x"]}\n')
+    options = argparse.Namespace(
+        slices=1, slice_blocks=5, token_budget=256, dtype="float32", bfloat16=True, pooling="cls",
+        questions=str(questions), num_questions=0, trunk="small", arms=["bfloat16, packed"],
+    )  # fmt: skip
+    result = bench.measure(embedder_of(store, "cls"), store, options)
+    assert [row["arm"] for row in result["rows"]] == ["float32, packed", "bfloat16, packed"]
+    assert result["left_out"]["float32, padded"] == "not among --arms"
+    options.arms = ["float16"]
+    with pytest.raises(SystemExit, match="--arms: expected some of"):
+        bench.measure(embedder_of(store, "cls"), store, options)
 
 
 def test_a_range_beyond_the_corpus_is_refused(store):
