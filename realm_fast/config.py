@@ -141,6 +141,9 @@ class RefreshConfig:
     drift_sample_blocks: int = setting(
         256, "random blocks embedded with the probe queries' own ones at a measurement", minimum=0
     )
+    correct_queries: bool = setting(
+        False, "search with queries turned by what drift does to all blocks alike, fitted at each measurement"
+    )
     order: Literal["sequential", "priority"] = setting(
         "sequential",
         "which shards first; priority: those retrieved most of late (felt with `publish_every_shards`)",

@@ -21,7 +21,7 @@ from realm_fast.config import RefreshConfig
 from realm_fast.errors import ConfigError, CorruptArtifactError
 from realm_fast.types import NO_BLOCK
 
-Reason = Literal["steps", "drift", "ceiling"]
+Reason = Literal["steps", "drift", "ceiling", "resume"]  # why weights were handed over
 
 # A block just behind the last candidate is no candidate yet; a little drift makes it one, or not.
 RUNNER_UP_WEIGHT = 0.5
@@ -49,6 +49,15 @@ class RefreshSchedule:
         if config.trigger == "drift" and not config.drift_every_steps:
             raise ConfigError(
                 "refresh.drift_every_steps: expected at least 1 with refresh.trigger=drift, got 0"
+            )
+        if config.correct_queries and not config.drift_every_steps:
+            raise ConfigError(
+                "refresh.drift_every_steps: expected at least 1 with refresh.correct_queries, got 0"
+            )
+        if config.correct_queries and config.publish_every_shards:
+            raise ConfigError(
+                "refresh.correct_queries: expected refresh.publish_every_shards=0 with it, got "
+                f"{config.publish_every_shards}: one correction cannot serve shards of several ages"
             )
         if config.drift_min_steps > config.drift_max_steps:
             raise ConfigError(

@@ -74,6 +74,14 @@ def test_checks_come_every_so_many_steps_whatever_the_trigger():
 def test_settings_that_cannot_work_together_are_refused():
     with pytest.raises(ConfigError, match=r"refresh.drift_every_steps: expected at least 1"):
         RefreshSchedule.from_config(RefreshConfig(trigger="drift", drift_every_steps=0))
+    with pytest.raises(
+        ConfigError, match=r"refresh.drift_every_steps: expected at least 1 with refresh.corr"
+    ):
+        RefreshSchedule.from_config(RefreshConfig(correct_queries=True, drift_every_steps=0))
+    with pytest.raises(
+        ConfigError, match=r"refresh.correct_queries: .*publish_every_shards=0 with it, got 2"
+    ):
+        RefreshSchedule.from_config(RefreshConfig(correct_queries=True, publish_every_shards=2))
     with pytest.raises(ConfigError, match=r"refresh.drift_min_steps: expected at most .*=50, got 60"):
         RefreshSchedule.from_config(RefreshConfig(drift_min_steps=60, drift_max_steps=50))
 
