@@ -1,7 +1,6 @@
 """Training while the index is refreshed: what it costs the trainer, and what each schedule is worth.
 
-    realm-fast bench refresh --suites training        all of the suites below, one after the other
-    python -m realm_fast.benchmarks.bench_refresh_training --suites steps,latency --work FOLDER
+    realm-fast bench refresh training --suites steps,latency --work FOLDER
 
     steps        a step without a refresh, with one in a thread, with one in a process; what the trainer
                  spends on handing over and swapping; the shares of index search and marginal loss in a step
@@ -52,6 +51,7 @@ SUITES = ("steps", "latency", "trajectory", "schedules", "run")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 Figures = dict[str, Any]
+_said: list[str] = []  # by the suite that is running
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,8 +77,6 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.work is None:
             arguments.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         machine = roofline.machine()
-        print(f"{machine['cpu']}, {machine['cores']} cores, trainer threads {arguments.threads}, "
-              f"load {os.getloadavg()[0]:.1f}\n")  # fmt: skip
         suites: dict[str, Callable[[argparse.Namespace], Figures]] = {
             "steps": bench_steps,
             "latency": bench_latency,
@@ -87,6 +85,13 @@ def main(argv: list[str] | None = None) -> None:
             "run": bench_run,
         }
         for name in chosen:
+            _said.clear()
+            threads, when = arguments.threads, date.today().isoformat()
+            _say(
+                f"{when}, {machine['cpu']}, {machine['cores']} cores, trainer threads {threads}, "
+                f"load {os.getloadavg()[0]:.1f}."
+            )
+            _say()
             figures = suites[name](arguments)
             slug = arguments.name if name == "run" else name
             out = arguments.json or RESULTS / (
@@ -94,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
             )
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n", encoding="utf-8")
+            if arguments.docs and name != "trajectory":
+                write_docs(slug, _said)
             print(f"-> {out}\n")
 
 
@@ -236,7 +243,7 @@ def bench_steps(arguments: argparse.Namespace) -> Figures:
             f"{waited[mode]:.3f}", over, swap, rate,
         )  # fmt: skip
     shares = {name: statistics.median(values[1:]) / whole for name, values in parts.items()}
-    print(
+    _say(
         "\nof a step without a refresh: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     )
     return {"steps_s": times, "spent_s": spent, "waited_s": waited, "shares": shares, "parts_s": parts,
@@ -297,11 +304,29 @@ def _timed_parts(trainer: Watched, parts: dict[str, list[float]]) -> Iterator[No
 
 def _head(*names: str) -> None:
     _row(*names)
-    print("|---" * len(names) + "|")
+    _say("|---" * len(names) + "|")
 
 
 def _row(*cells: Any) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    _say("| " + " | ".join(map(str, cells)) + " |")
+
+
+def _say(line: str = "") -> None:
+    """Prints a line, which is also one of the suite's in docs/refresh.md."""
+    _said.append(line)
+    print(line, flush=True)
+
+
+def write_docs(suite: str, lines: Sequence[str]) -> None:
+    """Puts what a suite said between its marks in docs/refresh.md, and leaves the rest as it is."""
+    page = ROOT / "docs" / "refresh.md"
+    begin, end = f"<!-- training {suite}: begin -->", f"<!-- training {suite}: end -->"
+    text = page.read_text(encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{page}: expected the marks {begin} and {end} for the results of {suite}")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    body = "\n".join(lines).strip()
+    page.write_text(f"{head}{begin}\n\n{body}\n\n{end}{tail}", encoding="utf-8")
 
 
 def _milliseconds(values: Sequence[float]) -> str:
@@ -441,7 +466,7 @@ def bench_schedules(arguments: argparse.Namespace) -> Figures:
 
 def _table(title: str, found: Sequence[replays.Replay], first: int) -> Figures:
     """Means over the ticks after the first refresh is through."""
-    print(f"{title}\n")
+    _say(f"{title}\n")
     _head(
         "schedule", "recall of the fresh top-k", "worst tick", "mean age of a block, ticks", "blocks embedded"
     )
@@ -453,7 +478,7 @@ def _table(title: str, found: Sequence[replays.Replay], first: int) -> Figures:
             one.arm.name, f"{statistics.fmean(recall):.4f}", f"{min(recall):.4f}",
             f"{statistics.fmean(age):.2f}", f"{one.blocks_embedded:,.0f}",
         )  # fmt: skip
-    print()
+    _say()
     return rows
 
 
@@ -491,7 +516,7 @@ def _estimates(trajectory: replays.Trajectory, k: int, sample: np.ndarray) -> Fi
             )
     gaps = [pair["estimate"] - pair["true"] for pair in pairs]
     lowest = min(pair["true"] for pair in pairs)
-    print(
+    _say(
         f"probe overlap: {len(pairs)} pairs of index and weights, true overlap {lowest:.3f} to 1; the "
         f"estimate is above it by {statistics.fmean(gaps):.4f} on average, {max(gaps):.4f} at most\n"
     )
@@ -520,11 +545,11 @@ def _partial(trajectory: replays.Trajectory, k: int, half_life: int, shard: int)
         name: list(replays.after_partial_refresh(trajectory, stale, last, k, order, shares))
         for name, order in orders.items()
     }
-    print("recall when only so much of the corpus is fresh\n")
+    _say("recall when only so much of the corpus is fresh\n")
     _head("order", *(f"{share:.0%}" for share in shares))
     for name, values in curves.items():
         _row(name, *(f"{value:.3f}" for value in values))
-    print()
+    _say()
     return {"shares": shares, "curves": curves, "stale_tick": stale, "tick": last}
 
 
@@ -549,12 +574,14 @@ def bench_run(arguments: argparse.Namespace) -> Figures:
     overlaps = {r["step"]: round(r["probe_overlap"], 4) for r in records if "probe_overlap" in r}
     checks = [r["drift_check_s"] for r in records if "drift_check_s" in r]
     waited = sum(r["trainer_wait_s"] for r in records)
-    print(f"{arguments.name}: {len(each)} steps in {shown.ends_s[-1]:.0f} s, {median * 1e3:.0f} ms a step "
-          f"({low * 1e3:.0f}-{high * 1e3:.0f}), waited {waited:.3f} s, "
-          f"{len(shown.handed_over_at)} handovers, {len(shown.in_use_at)} swaps\n"
-          f"staleness: newest shard {statistics.fmean(s for s, _ in shown.staleness):.1f} steps on average, "
-          f"oldest {statistics.fmean(s for _, s in shown.staleness):.1f}\n"
-          f"probe overlap by step: {overlaps}; a check took {_milliseconds(checks)} ms")  # fmt: skip
+    named = ", ".join(arguments.set) or "as in the demo"
+    _say(f"Settings: {named}. {len(each)} steps in {shown.ends_s[-1]:.0f} s, {median * 1e3:.0f} ms a step "
+         f"({low * 1e3:.0f}-{high * 1e3:.0f}); the trainer waited {waited:.3f} s; "
+         f"{len(shown.handed_over_at)} handovers, {len(shown.in_use_at)} swaps.")  # fmt: skip
+    _say(f"Staleness: newest shard {statistics.fmean(s for s, _ in shown.staleness):.1f} steps on average, "
+         f"oldest {statistics.fmean(s for _, s in shown.staleness):.1f}.")  # fmt: skip
+    _say(f"Probe overlap by step: {', '.join(f'{step}: {value:.3f}' for step, value in overlaps.items())}; "
+         f"a check took {_milliseconds(checks)} ms, the slowest in brackets.")  # fmt: skip
     figures = {
         "settings": list(arguments.set), "ends_s": shown.ends_s, "handed_over_at": shown.handed_over_at,
         "in_use_at": shown.in_use_at, "staleness": shown.staleness, "metrics": records,
