@@ -510,7 +510,6 @@ def _estimates(trajectory: replays.Trajectory, k: int, sample: np.ndarray) -> Fi
                 {
                     "staleness_steps": (now - old) * trajectory.tick_steps,
                     "estimate": replays.probe_overlap(trajectory, now, ages, k, sample),
-                    "without_sample": replays.probe_overlap(trajectory, now, ages, k, sample[:0]),
                     "true": replays.true_overlap(trajectory, now, ages, k),
                 }
             )
@@ -529,7 +528,7 @@ def _partial(trajectory: replays.Trajectory, k: int, half_life: int, shard: int)
     stale = max(0, last - 8)
     by_block, by_shard = (replays.ShardTally(n, size, half_life_steps=half_life) for size in (1, shard))
     for tick in range(stale + 1):
-        found = trajectory.search(tick, "train", np.full(n, tick), 2 * k)
+        found = trajectory.fresh(tick, "train", 2 * k)
         for tally in (by_block, by_shard):
             tally.add(tick * trajectory.tick_steps, found.ids[:, :k].numpy(), found.ids[:, k:].numpy())
     sequence = np.arange(n)

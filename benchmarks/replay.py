@@ -26,6 +26,7 @@ class Trajectory:
     tick_steps: int
     embeddings: list[np.ndarray]  # a tick each: [N, D] float32
     queries: list[dict[str, np.ndarray]]  # a tick each: train, probe [Q, D]; train_origin, probe_origin [Q]
+    _fresh: dict[tuple[int, str, int], TopK] = field(default_factory=dict)  # the same for every schedule
 
     @classmethod
     def open(cls, folder: Path) -> "Trajectory":
@@ -58,6 +59,13 @@ class Trajectory:
             k,
             exclude_ids=self.origins(tick, which),
         )
+
+    def fresh(self, tick: int, which: str, k: int) -> TopK:
+        """The k best blocks, all embedded at the tick itself: what an always-fresh index returns."""
+        key = (tick, which, k)
+        if key not in self._fresh:
+            self._fresh[key] = self.search(tick, which, np.full(self.num_blocks, tick), k)
+        return self._fresh[key]
 
     def origins(self, tick: int, which: str) -> torch.Tensor:
         return torch.from_numpy(self.queries[tick][f"{which}_origin"].astype(np.int64))
@@ -113,7 +121,7 @@ def replay(
             work = None if work.done else work
         if arm.correct_every_ticks and (swapped or tick % arm.correct_every_ticks == 0):
             correction = fit_correction(trajectory, tick, ages, k, probe_sample)
-        fresh = trajectory.search(tick, "train", np.full(n, tick), k)
+        fresh = trajectory.fresh(tick, "train", k)
         stale = trajectory.search(tick, "train", ages, DEPTH * k, correction)
         found.recall.append(overlap_at_k(fresh.ids, stale.ids[:, :k]))
         found.mean_age_ticks.append(float(np.mean(tick - ages)))
@@ -150,7 +158,7 @@ def fit_correction(
 def true_overlap(trajectory: Trajectory, tick: int, ages: np.ndarray, k: int) -> float:
     """The overlap that `probe_overlap` estimates."""
     stale = trajectory.search(tick, "probe", ages, k)
-    fresh = trajectory.search(tick, "probe", np.full(trajectory.num_blocks, tick), k)
+    fresh = trajectory.fresh(tick, "probe", k)
     return overlap_at_k(stale.ids, fresh.ids)
 
 
@@ -194,7 +202,7 @@ def after_partial_refresh(
 ) -> Iterator[float]:
     """Recall at `tick` when only a share of the blocks is fresh, the first ones of an order over blocks."""
     n = trajectory.num_blocks
-    fresh = trajectory.search(tick, "train", np.full(n, tick), k)
+    fresh = trajectory.fresh(tick, "train", k)
     for share in shares:
         ages = np.full(n, stale_tick)
         ages[order[: round(share * n)]] = tick
