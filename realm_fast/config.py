@@ -125,7 +125,32 @@ class RefreshConfig:
         "who embeds the blocks again; inline waits and is deterministic; "
         "follow: `realm-fast refresher RUN`, started separately",
     )
+    trigger: Literal["steps", "drift"] = setting(
+        "steps", "when weights are handed over: every `every_steps`, or when the probe overlap has fallen"
+    )
     every_steps: int = setting(500, "hand the weights to the refresher every so many steps", minimum=1)
+    drift_every_steps: int = setting(
+        100, "measure drift (probe overlap, score drift) every so many steps (0: never)", minimum=0
+    )
+    drift_overlap_below: float = setting(
+        0.8, "trigger drift: refresh when the probe overlap is less than this", minimum=0.0, maximum=1.0
+    )
+    drift_min_steps: int = setting(100, "trigger drift: no two handovers closer than this", minimum=1)
+    drift_max_steps: int = setting(2000, "trigger drift: no two handovers further apart than this", minimum=1)
+    drift_queries: int = setting(32, "held-out sentences on which drift is measured", minimum=1)
+    drift_sample_blocks: int = setting(
+        256, "random blocks embedded with the probe queries' own ones at a measurement", minimum=0
+    )
+    correct_queries: bool = setting(
+        False, "search with queries turned by what drift does to all blocks alike, fitted at each measurement"
+    )
+    order: Literal["sequential", "priority"] = setting(
+        "sequential",
+        "which shards first; priority: those retrieved most of late (felt with `publish_every_shards`)",
+    )
+    priority_half_life_steps: int = setting(
+        100, "order priority: after so many steps a retrieved block counts half", minimum=1
+    )
     max_staleness_steps: int = setting(
         0, "the trainer waits rather than exceed this (0: never waits)", minimum=0
     )

@@ -41,6 +41,7 @@ from realm_fast.reader import Reader
 from realm_fast.retriever import Candidates, retrieve_candidates
 
 if TYPE_CHECKING:
+    from realm_fast.drift import QueryCorrection
     from realm_fast.masking import MaskedQuery
     from realm_fast.token_store import TokenStore
 
@@ -267,12 +268,18 @@ def realm_step(
     exclude_trivial: bool = True,
     use_null_block: bool = True,
     with_accuracy: bool = True,
+    correction: "QueryCorrection | None" = None,
 ) -> tuple[StepOutput, Candidates]:
-    """Search, then the loss: all of a micro-batch up to `backward()`."""
+    """Search, then the loss: all of a micro-batch up to `backward()`.
+
+    Args:
+        correction: applied to the queries that search, to make up for the index's age.
+    """
+    search_emb = model.search_emb(queries)
     candidates = retrieve_candidates(
         index,
         store,
-        model.search_emb(queries),
+        search_emb if correction is None else correction(search_emb),
         queries,
         num_candidates=num_candidates,
         exclude_trivial=exclude_trivial,

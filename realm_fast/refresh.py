@@ -50,16 +50,6 @@ SHARED_MEMORY = Path("/dev/shm")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RefreshSchedule:
-    """When weights are handed to the refresher. A pure function of the step."""
-
-    every_steps: int
-
-    def is_due(self, step: int) -> bool:
-        return step > 0 and step % self.every_steps == 0
-
-
 class Refresher(Protocol):
     """What the trainer sees, whoever does the work."""
 

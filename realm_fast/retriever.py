@@ -48,6 +48,7 @@ class Candidates:
     dropped_near_copies: int  # blocks left out as copies of the query's own sentence
     dropped_duplicates: int  # blocks left out as copies of a better candidate
     absent_slots: int  # slots that could not be filled
+    runner_up_ids: torch.Tensor  # [B, R] int64: retrieved after the last candidate; NO_BLOCK fills up
 
     @property
     def num_queries(self) -> int:
@@ -98,6 +99,7 @@ def retrieve_candidates(
     near_copies, duplicates = np.zeros(num_queries, np.int64), np.zeros(num_queries, np.int64)
     limit = min(len(index), MAX_RETRIEVED_BLOCKS)
     retrieve = min(limit, wanted + max(8, wanted // 2))
+    runner_up_ids = np.full((num_queries, retrieve - min(wanted, retrieve)), NO_BLOCK, dtype=np.int64)
     pending = np.arange(num_queries) if wanted and limit else np.zeros(0, np.int64)
     while pending.size:
         rows = torch.from_numpy(pending).to(query_emb.device)
@@ -121,12 +123,19 @@ def retrieve_candidates(
             end = int(ranks[-1]) + 1 if len(ranks) == wanted else len(row_ids)
             near_copies[query] = copies[:end].sum()
             duplicates[query] = end - near_copies[query] - len(ranks)
+            runners_up = row_ids[end:][: runner_up_ids.shape[1]]
+            runner_up_ids[query, : len(runners_up)] = runners_up
             if len(ranks) < wanted and retrieve < limit:
                 short.append(query)
         pending = np.array(short, dtype=np.int64)
         retrieve = min(limit, 2 * retrieve)
     return _as_candidates(
-        kept_ids, kept_scores, use_null_block, int(near_copies.sum()), int(duplicates.sum())
+        kept_ids,
+        kept_scores,
+        use_null_block,
+        int(near_copies.sum()),
+        int(duplicates.sum()),
+        torch.from_numpy(runner_up_ids),
     )
 
 
@@ -198,7 +207,12 @@ def _first_of_each(hashes: Sequence[int]) -> np.ndarray:
 
 
 def _as_candidates(
-    ids: np.ndarray, scores: np.ndarray, use_null_block: bool, near_copies: int, duplicates: int
+    ids: np.ndarray,
+    scores: np.ndarray,
+    use_null_block: bool,
+    near_copies: int,
+    duplicates: int,
+    runner_up_ids: torch.Tensor,
 ) -> Candidates:
     block_ids, stale_scores = torch.from_numpy(ids), torch.from_numpy(scores)  # [B, K or K - 1]
     is_null = torch.zeros(block_ids.shape, dtype=torch.bool)
@@ -208,7 +222,14 @@ def _as_candidates(
         is_null = torch.nn.functional.pad(is_null, (1, 0), value=True)
     present = is_null | (block_ids != NO_BLOCK)
     return Candidates(
-        block_ids, is_null, present, stale_scores, near_copies, duplicates, int((~present).sum())
+        block_ids,
+        is_null,
+        present,
+        stale_scores,
+        near_copies,
+        duplicates,
+        int((~present).sum()),
+        runner_up_ids,
     )
 
 

@@ -3,7 +3,7 @@
 RUN/config.json            the resolved configuration
 RUN/run.json               which corpus and tokenizer the run belongs to
 RUN/stages.jsonl           one line a finished stage: time, memory, command
-RUN/pretrain/              metrics.jsonl, evaluations.jsonl, illustrations.json,
+RUN/pretrain/              metrics.jsonl, refreshes.jsonl, evaluations.jsonl, illustrations.json,
                                checkpoints/, snapshots/, refresher/, tensorboard/
 RUN/finetune/              metrics.jsonl, checkpoints/, tensorboard/
 RUN/evaluate/              results.json, predictions.jsonl

@@ -3,7 +3,7 @@
     query (masked sentence) -> embedder -> search in the snapshot's index -> K candidates (slot 0: null block)
     -> reader on the query with each candidate: log p(y | x, z);  fresh scores: log p(z | x)
     -> marginal log-likelihood -> gradient into reader and embedder -> AdamW step
-    -> every refresh.every_steps the weights go to the refresher; its snapshots come back between two steps
+    -> when refresh.trigger says so the weights go to the refresher; its snapshots come back between two steps
 
 Every random choice is a function of (seed, step, rank), so a checkpoint holds no generator state, and a run
 that was killed and resumed takes the same steps (bit for bit where the refresh is inline or off).
@@ -18,6 +18,7 @@ import torch
 
 from realm_fast.checkpoint import (
     Checkpoint,
+    SavesItself,
     checkpoint_name,
     checkpoint_steps,
     clean_checkpoints,
@@ -28,6 +29,7 @@ from realm_fast.checkpoint import (
 )
 from realm_fast.config import Config
 from realm_fast.device import resolve_device
+from realm_fast.drift import Drift, DriftProbe, QueryCorrection
 from realm_fast.embedder import Embedder
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, UserError
 from realm_fast.masking import MaskedQuery, Masker, prepare_spans
@@ -44,8 +46,9 @@ from realm_fast.optim import (
 from realm_fast.probe import Probe
 from realm_fast.progress import bar
 from realm_fast.reader import Reader
-from realm_fast.refresh import RefreshSchedule, RefreshTask, make_refresher
+from realm_fast.refresh import RefreshTask, make_refresher
 from realm_fast.run_folder import RunFolder
+from realm_fast.schedule import Reason, RefreshSchedule, ShardTally
 from realm_fast.signals import StopRequest, stop_on_signal
 from realm_fast.snapshot import (
     IndexSnapshot,
@@ -150,15 +153,24 @@ class Pretrainer:
             trained["embedder"] = (self.model.embedder, config.pretrain.embedder_lr)
         self.optimizer = build_optimizer(trained, weight_decay=config.pretrain.weight_decay)
         self.step, self.window = 0, Window()
+        self.handed_over_step = 0  # whose weights went to the refresher last
+        self.drift: Drift | None = None  # measured since the last line of metrics
+        self.checked_s = 0.0  # spent on measuring drift
+        self.correction: QueryCorrection | None = None  # of the snapshot in use, if refresh.correct_queries
         if checkpoint is not None:
             checkpoint.load_optimizer(self.optimizer)
             self.step = checkpoint.step
             self.window = Window(**checkpoint.state["window"])
+            self.handed_over_step = checkpoint.state["handed_over_step"]
+            if checkpoint.state["drift"] is not None:
+                self.drift = Drift(**checkpoint.state["drift"])
             self.masker.skipped = Counter(checkpoint.state["skipped"])
         self.metrics = MetricsLog(self.folder / "metrics.jsonl", self.folder / "tensorboard")
-        self.metrics.truncate_after(self.step)
+        self.refreshes = MetricsLog(self.folder / "refreshes.jsonl")
+        for written in (self.metrics, self.refreshes):
+            written.truncate_after(self.step)
 
-        self.schedule = RefreshSchedule(config.refresh.every_steps)
+        self.schedule = RefreshSchedule.from_config(config.refresh)
         for published in published_snapshots(self.snapshots):
             if published.step > self.step:  # of a future that was not reached again yet
                 retire_snapshot(published.path, even_if_open=True)
@@ -166,9 +178,29 @@ class Pretrainer:
             RefreshTask(self.snapshots, self.store, config.index, config.refresh), work_dir=run.handover_dir
         )
         self.snapshot = self._first_snapshot(checkpoint)
+        if checkpoint is None:
+            self._note_snapshot()
+        elif config.refresh.correct_queries and self.snapshot.path.name == checkpoint.state["snapshot"]:
+            self.correction = QueryCorrection.load(checkpoint.module_folder("correction"))
         self.refresh_failures = 0
+        self.tally = ShardTally(
+            len(self.store),
+            self.snapshot.manifest.shard_blocks,
+            half_life_steps=config.refresh.priority_half_life_steps,
+        )
+        if checkpoint is not None:
+            self.tally.restore(checkpoint.state["tally"])
+        probed = held_out if held_out is not None else self.masker.with_split("train")
+        self.drift_probe = DriftProbe(
+            self.store,
+            [probed.query(0, slot) for slot in range(config.refresh.drift_queries)],
+            k=config.pretrain.num_candidates - int(config.pretrain.use_null_block),
+            sample_blocks=config.refresh.drift_sample_blocks,
+            seed=step_seed(config.seed, 0),
+            token_budget=config.refresh.token_budget,
+        )
         if checkpoint is not None and config.refresh.mode in ("thread", "process", "follow"):
-            self.refresher.submit(self.step, self.model.embedder)  # what was on its way when the run stopped
+            self._hand_over("resume")  # for what was on its way when the run stopped
         run.save_config(config)
         self.probe = Probe(run, config, self.model, self.store, held_out, progress=progress)
 
@@ -200,11 +232,10 @@ class Pretrainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step = step
-                staleness_steps = step - 1 - self.snapshot.step
-                oldest_staleness_steps = step - 1 - self.snapshot.oldest_step
-                handed_over_at_s = time.monotonic()
-                if self.schedule.is_due(step) and step < settings.steps:
-                    self.refresher.submit(step, self.model.embedder)
+                searched = self.snapshot
+                handed_over_at_s, checked_s = time.monotonic(), self.checked_s
+                if step < settings.steps:
+                    self._refresh_if_due()
                 self._swap_snapshot()
 
                 end = time.monotonic()
@@ -213,16 +244,16 @@ class Pretrainer:
                     grad_norm=grad_norm,
                     step_s=end - begin,
                     trainer_wait_s=waited_s,
-                    handover_s=end - handed_over_at_s,
+                    handover_s=end - handed_over_at_s - (self.checked_s - checked_s),
                 )
                 shown.set_postfix(
                     loss=means["loss"],
-                    stale=staleness_steps,
+                    stale=step - 1 - searched.step,
                     refresh_blocks_s=self.snapshot.manifest.blocks_per_s,
                 )
                 shown.update()
                 if logged:
-                    self._log(rates, staleness_steps, oldest_staleness_steps, accuracy)
+                    self._log(rates, searched, accuracy)
                 if step % settings.checkpoint_every_steps == 0 or step == settings.steps or stop:
                     self._save()
                 if stop and step < settings.steps:
@@ -248,7 +279,7 @@ class Pretrainer:
         for queries, weight in zip(batches, weights, strict=True):
             share = weight / max(sum(weights), 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
-                output, _ = realm_step(
+                output, candidates = realm_step(
                     self.model,
                     self.snapshot.index,
                     self.store,
@@ -257,7 +288,9 @@ class Pretrainer:
                     exclude_trivial=settings.exclude_trivial,
                     use_null_block=settings.use_null_block,
                     with_accuracy=with_accuracy,
+                    correction=self.correction,
                 )
+            self.tally.add(step, candidates.block_ids.cpu().numpy(), candidates.runner_up_ids.cpu().numpy())
             means["loss"] += check_loss(output.loss, step, self.optimizer) * share
             (output.loss * share).backward()
             for name in ("retrieval_utility", "masked_accuracy", "null_probability"):
@@ -316,16 +349,63 @@ class Pretrainer:
             }
         return snapshot
 
+    def _refresh_if_due(self) -> None:
+        """Measures drift where that is due, and hands the weights over where the schedule says so."""
+        overlap = None
+        if self.schedule.is_check_due(self.step):
+            overlap = self._measure_drift().overlap
+        reason = self.schedule.due(
+            self.step,
+            handed_over_step=self.handed_over_step,
+            oldest_shard_step=self.snapshot.oldest_step,
+            overlap=overlap,
+        )
+        if reason is not None:
+            self._hand_over(reason)
+
+    def _measure_drift(self) -> Drift:
+        self.drift, fitted = self.drift_probe.measure(self.model, self.snapshot.index, self.correction)
+        self.checked_s += self.drift.seconds
+        if self.config.refresh.correct_queries:
+            self.correction = fitted
+        return self.drift
+
+    def _hand_over(self, reason: Reason) -> None:
+        order = None
+        if self.config.refresh.order == "priority":
+            order = self.tally.order([shard.step for shard in self.snapshot.manifest.shards])
+        self.refresher.submit(self.step, self.model.embedder, shard_order=order)
+        self.handed_over_step = self.step
+        self.refreshes.write({"step": self.step, "event": "handed over", "reason": reason})
+
     def _swap_snapshot(self) -> None:
         """Takes the newest finished snapshot, if there is one: an assignment, nothing is copied."""
         newest = self.refresher.poll()
         if newest is not None:
             self.snapshot = newest
             self._prune()
+            self._note_snapshot()
+            if self.config.refresh.correct_queries:
+                self.correction = None  # it was the old index's
+                self._measure_drift()
         for failure in self.refresher.failures:
             log.warning("%s; training goes on with the index of step %d", failure, self.snapshot.step)
         self.refresh_failures += len(self.refresher.failures)
         self.refresher.failures.clear()
+
+    def _note_snapshot(self) -> None:
+        manifest = self.snapshot.manifest
+        self.refreshes.write(
+            {
+                "step": self.step,
+                "event": "in use",
+                "snapshot_step": self.snapshot.step,
+                "oldest_shard_step": self.snapshot.oldest_step,
+                "fresh_shards": manifest.fresh_shards,
+                "shards": len(manifest.shards),
+                "blocks_per_s": manifest.blocks_per_s,
+            }
+        )
 
     def _wait_while_too_stale(self, step: int) -> float:
         """Waits only if max_staleness_steps is set, would be exceeded, and a fresher index is on its way."""
@@ -343,14 +423,20 @@ class Pretrainer:
             if self.config.refresh.mode != "follow":
                 self.refresher.close()  # whatever it is at would be older
             self.snapshot = self.refresher.make_now(self.step, self.model.embedder, progress=self.progress)
+        modules: dict[str, SavesItself] = {"embedder": self.model.embedder, "reader": self.model.reader}
+        if self.config.refresh.correct_queries:
+            modules["correction"] = self.correction or QueryCorrection.none(self.model.embedder.dim)
         save_checkpoint(
             self.checkpoints,
             self.step,
-            modules={"embedder": self.model.embedder, "reader": self.model.reader},
+            modules=modules,
             optimizer=self.optimizer,
             state={
                 "snapshot": self.snapshot.path.name,
                 "window": asdict(self.window),
+                "handed_over_step": self.handed_over_step,
+                "drift": None if self.drift is None else asdict(self.drift),
+                "tally": self.tally.state(),
                 "skipped": dict(self.masker.skipped),
             },
             identity=self.identity,
@@ -358,6 +444,7 @@ class Pretrainer:
         )
         self._prune()
         self.metrics.flush()
+        self.refreshes.flush()
 
     def _prune(self) -> None:
         needed = {
@@ -366,22 +453,22 @@ class Pretrainer:
         }
         prune_snapshots(self.snapshots, keep=self.config.refresh.keep_snapshots, pinned=needed)
 
-    def _log(
-        self,
-        rates: dict[str, float],
-        staleness_steps: int,
-        oldest_staleness_steps: int,
-        masked_accuracy: float,
-    ) -> None:
+    def _log(self, rates: dict[str, float], searched: IndexSnapshot, masked_accuracy: float) -> None:
         means = self.window.means()
+        drift = {} if self.drift is None else {
+            "probe_overlap": self.drift.overlap,
+            "score_drift": self.drift.score_drift,
+            "drift_check_s": self.drift.seconds,
+        }  # fmt: skip
         self.metrics.write(
             {
                 "step": self.step,
                 **means,
                 "masked_accuracy": masked_accuracy,  # of this step alone
-                "staleness_steps": staleness_steps,
-                "oldest_staleness_steps": oldest_staleness_steps,
+                "staleness_steps": self.step - 1 - searched.step,
+                "oldest_staleness_steps": self.step - 1 - searched.oldest_step,
                 "snapshot_step": self.snapshot.step,
+                **drift,
                 "reader_lr": rates.get("reader", 0.0),
                 "embedder_lr": rates.get("embedder", 0.0),
                 "queries_per_s": self.queries_per_step / means["step_s"],
@@ -390,8 +477,9 @@ class Pretrainer:
                 "skipped": dict(self.masker.skipped),
             }
         )
-        self.window = Window()
+        self.window, self.drift = Window(), None
 
     def close(self) -> None:
         self.refresher.close(is_done=self.step == self.config.pretrain.steps)
         self.metrics.close()
+        self.refreshes.close()

@@ -167,7 +167,9 @@ def pretrain_metrics(steps: int = 400, every: int = 4, refresh_every: int = 60) 
                 "masked_accuracy": min(1.0, max(0.0, 0.02 + 0.33 * progress**0.7 + chance.gauss(0, 0.04))),
                 "null_probability": min(1.0, max(0.0, 0.14 - 0.09 * progress + chance.gauss(0, 0.01))),
                 "staleness_steps": step - snapshot,
+                "oldest_staleness_steps": step - snapshot,
                 "snapshot_step": snapshot,
+                **(drift(step - snapshot) if step % 20 == 0 else {}),
                 "reader_lr": 2e-4 * min(step / 40, (steps - step) / (steps - 40)),
                 "embedder_lr": 2e-5 * min(step / 40, (steps - step) / (steps - 40)),
                 "grad_norm": math.exp(chance.gauss(0.6, 0.3)),
@@ -178,6 +180,29 @@ def pretrain_metrics(steps: int = 400, every: int = 4, refresh_every: int = 60) 
                 "skipped": dict(skipped),
             }
         )
+    return records
+
+
+def drift(staleness_steps: int) -> dict[str, float]:
+    return {
+        "probe_overlap": math.exp(-staleness_steps / 200),
+        "score_drift": staleness_steps / 300,
+        "drift_check_s": 0.8,
+    }
+
+
+def refreshes(steps: int = 400, refresh_every: int = 60) -> list[dict[str, Any]]:
+    """Of the same run as pretrain_metrics: 22 steps to make an index, the third one published in two halves."""
+    first = {"step": 0, "event": "in use", "snapshot_step": 0, "oldest_shard_step": 0, "fresh_shards": 4, "shards": 4, "blocks_per_s": 610.0}  # fmt: skip
+    records = [first]
+    for step in range(refresh_every, steps, refresh_every):
+        records.append({"step": step, "event": "handed over", "reason": "drift" if step == 120 else "steps"})
+        used = {**first, "step": step + 22, "snapshot_step": step, "oldest_shard_step": step}
+        if step == 180:
+            half = {"step": step + 11, "oldest_shard_step": step - refresh_every, "fresh_shards": 2}
+            records.append({**used, **half})
+        if used["step"] <= steps:
+            records.append(used)
     return records
 
 
@@ -321,6 +346,7 @@ def write_synthetic_run(folder: Path) -> Path:
     write_json(run / "config.json", settings())
     write_lines(run / "stages.jsonl", stages())
     write_lines(run / "pretrain" / "metrics.jsonl", pretrain_metrics())
+    write_lines(run / "pretrain" / "refreshes.jsonl", refreshes())
     write_lines(run / "pretrain" / "evaluations.jsonl", evaluations())
     write_json(run / "pretrain" / "illustrations.json", [illustration(s) for s in SENTENCES])
     write_lines(run / "finetune" / "metrics.jsonl", finetune_metrics())

@@ -12,8 +12,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from realm_fast import ownership
 from realm_fast.cli import main
@@ -29,7 +27,7 @@ from realm_fast.errors import (
 )
 from realm_fast.handover import Handover
 from realm_fast.ownership import Sighting, TakenError, own
-from realm_fast.refresh import ProcessRefresher, RefreshSchedule, RefreshTask, make_refresher
+from realm_fast.refresh import ProcessRefresher, RefreshTask, make_refresher
 from realm_fast.refresher import follow, parse_cpus, use_budget
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import list_snapshots, open_snapshot, published_snapshots, snapshot_name
@@ -120,11 +118,6 @@ def change(embedder):
     with torch.no_grad():
         for parameter in embedder.block_side.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-
-
-@given(every=st.integers(1, 1000), step=st.integers(0, 10**6))
-def test_the_schedule_is_every_so_many_steps_and_not_at_the_start(every, step):
-    assert RefreshSchedule(every).is_due(step) == (step in range(every, step + 1, every))
 
 
 @pytest.mark.parametrize("mode", ["inline", "thread", "process", "follow"])

@@ -20,6 +20,7 @@ from realm_fast.report.answers import prediction_kind, sample_predictions
 from realm_fast.report.data import RunData, check, flat
 from realm_fast.report.illustration import rows_for, sentence, snippet
 from realm_fast.report.markup import byte_size, number, percent, probability, seconds, signed, tag
+from realm_fast.report.refreshes import refresh_charts
 from realm_fast.report.ribbons import fan_in, fan_out
 from realm_fast.report.summary import _verdict
 
@@ -314,8 +315,51 @@ def test_staleness_is_a_saw_tooth_with_a_mark_at_each_refresh(page):
         before = next(m for m in metrics if m["step"] == step - 4)["staleness_steps"]
         assert (peak, low) == (before + 4, next(m for m in metrics if m["step"] == step)["staleness_steps"])
     assert len(swaps) == 6
-    assert len(page.of_class("mark")) == 6
+    assert len(page.of_class("mark")) == 3 * 6  # in the two charts of drift too
     assert "6 refreshes (vertical lines)" in page.sections["pretraining"]
+
+
+def test_the_time_line_shows_when_each_index_was_made_and_searched(page):
+    made, searched = ([(a["style"], a["title"]) for a in page.of_class(f"span-{color}")] for color in (3, 1))
+    # handed over at 60, 120, ... 360 of 400 steps, each in the trainer's hands 22 steps later
+    assert [style for style, _ in made] == [f"left:{s / 4:.2f}%;width:5.50%" for s in range(60, 400, 60)]
+    assert made[1][1] == "weights of step 120, handed over for drift; in use from step 142"
+    starts = [0, 82, 142, 191, 202, 262, 322, 382]
+    assert [style for style, _ in searched] == [
+        f"left:{start / 4:.2f}%;width:{(end - start) / 4:.2f}%"
+        for start, end in itertools.pairwise([*starts, 400])
+    ]
+    assert searched[3][1] == "2 of 4 shards of step 180, the oldest of step 120"
+    assert searched[4][1] == "index of step 180"
+    assert "6 times (5 by the schedule, 1 for drift)" in page.sections["pretraining"]
+
+
+def test_drift_is_drawn_where_it_was_measured(page):
+    charts = [json.loads(a["data-hover"]) for a in page.of_class("plot")]
+    points = {c["series"][0]["label"]: c["series"][0]["points"] for c in charts}
+    measured = [m for m in synthetic.pretrain_metrics() if "probe_overlap" in m]
+    assert [p[0] for p in points["overlap"]] == [m["step"] for m in measured] == list(range(20, 401, 20))
+    assert [p[1] for p in points["overlap"]] == pytest.approx(
+        [100 * m["probe_overlap"] for m in measured], rel=1e-4
+    )
+    assert [p[1] for p in points["score drift"]] == pytest.approx(
+        [m["score_drift"] for m in measured], rel=1e-4
+    )
+    assert "A measurement took 0.800 s" in page.sections["pretraining"]
+
+
+def test_an_index_of_mixed_age_has_a_curve_for_its_oldest_shard():
+    metrics = synthetic.pretrain_metrics()
+    for record in metrics[20:]:
+        record["oldest_staleness_steps"] += 60
+    page = Page(str(tag("div", refresh_charts(metrics, []))))
+    (hover,) = [
+        found for a in page.of_class("plot") if len((found := json.loads(a["data-hover"]))["series"]) == 2
+    ]
+    newest, oldest = hover["series"]
+    assert (newest["label"], oldest["label"]) == ("newest shard", "oldest shard")
+    assert oldest["points"][-1][1] == newest["points"][-1][1] + 60
+    assert page.of_class("lanes") == []  # no refreshes were recorded, so there is no time line
 
 
 def test_time_and_memory_of_each_stage(page):
@@ -699,6 +743,9 @@ def test_a_torn_last_line_of_a_killed_run_is_passed_over(run):
         ("pretrain/evaluations.jsonl", '{"when": "after", "step": 1, "subset": "all", "recall": {"5": 105}}\n', r"evaluations\.jsonl:1: recall\.5: expected a number between 0 and 100, got 105"),
         ("pretrain/evaluations.jsonl", '{"step": 1, "subset": "all"}\n', r"evaluations\.jsonl:1: when is missing"),
         ("pretrain/illustrations.json", "{}", r"illustrations\.json: expected a list, got \{\}"),
+        ("pretrain/metrics.jsonl", '{"step": 1, "probe_overlap": 1.2}\n', r"metrics\.jsonl:1: probe_overlap: expected a number between 0 and 1"),
+        ("pretrain/refreshes.jsonl", '{"step": 1}\n', r"refreshes\.jsonl:1: event is missing"),
+        ("pretrain/refreshes.jsonl", '{"step": 1, "event": "in use"}\n', r"refreshes\.jsonl:1: snapshot_step is missing"),
         ("finetune/metrics.jsonl", '{"step": 1, "reader_loss": true}\n', r"finetune/metrics\.jsonl:1: reader_loss: expected a number, got true"),
         ("evaluate/results.json", "{}", r"results\.json: sets is missing"),
         ("evaluate/results.json", '{"sets": [{"name": "a", "subset": "all", "questions": 1, "exact_match": "50"}]}', r"results\.json: sets\[0\]\.exact_match: expected a number between 0 and 100"),
@@ -776,7 +823,8 @@ def poison(value):
         return [poison(v) for v in value]
     return (
         HOSTILE + value
-        if isinstance(value, str) and value not in ("before", "after", "all", "token")
+        if isinstance(value, str)
+        and value not in ("before", "after", "all", "token", "in use", "handed over")
         else value
     )
 
@@ -790,7 +838,8 @@ KEYS = set(
         query_tokens positions gold candidates slot block_id text p_z responsibility gradient predictions token p
         gold_p marginal gold_marginal_p null_gold_p checkpoint sets name exact_match f1 notes id question answers
         prediction score span reachable corpus corpus_hash tokenizer_hash realm_fast created machine cpu cores
-        cpu_levels python torch platform native compiler cuda""",
+        cpu_levels python torch platform native compiler cuda event reason snapshot_step oldest_shard_step
+        fresh_shards shards""",
     )
 )
 

@@ -63,6 +63,21 @@ def test_only_what_was_passed_over_is_counted(store):
     assert (found.dropped_near_copies, found.dropped_duplicates) == (0, 0)
 
 
+def test_the_runners_up_are_what_the_search_found_after_the_last_candidate(store):
+    query = query_of(store, 0, [2])
+    index = index_with_scores(*DESCENDING)
+    found = retrieve_candidates(index, store, ONE.expand(2, 1), [query, query], num_candidates=3)
+    assert found.block_ids.tolist() == [[NO_BLOCK, 1, 4]] * 2  # 0 is the origin, 2 and 3 give it away
+    assert found.runner_up_ids.tolist() == [[5, 6, 7] + [NO_BLOCK] * 3] * 2
+    # a query for which nothing comes after the last candidate, and one without candidates to search for
+    assert set(retrieve(index, store, query, 7).runner_up_ids.ravel().tolist()) <= {NO_BLOCK}
+    assert set(retrieve(index, store, query, 1).runner_up_ids.ravel().tolist()) <= {NO_BLOCK}
+
+
+def retrieve(index, store, query, num_candidates):
+    return retrieve_candidates(index, store, ONE, [query], num_candidates=num_candidates)
+
+
 def test_absent_slots_when_too_few_remain(store):
     query = query_of(store, 0, [2])
     found = retrieve_candidates(index_with_scores(*DESCENDING), store, ONE, [query], num_candidates=7)

@@ -40,6 +40,7 @@ SETTINGS = (
     "pretrain.illustrations=2",
     "refresh.mode=inline",
     "refresh.every_steps=4",
+    "refresh.drift_every_steps=3",
     "evaluate.held_out_queries=16",
 )
 
@@ -100,6 +101,123 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert stages == ["index", "measure before", "pretrain", "measure after"]
 
 
+def test_refreshes_and_drift_are_written_down(finished):
+    refreshes = refreshes_of(finished)
+    assert [(r["step"], r["event"], r.get("snapshot_step", r.get("reason"))) for r in refreshes] == [
+        (0, "in use", 0), (4, "handed over", "steps"), (4, "in use", 4), (8, "handed over", "steps"),
+        (8, "in use", 8),
+    ]  # fmt: skip
+    assert all(r["fresh_shards"] == r["shards"] for r in refreshes if r["event"] == "in use")
+    measured = {m["step"]: m for m in metrics_of(finished) if "probe_overlap" in m}
+    assert list(measured) == [3, 6, 9]  # before the last step, at which nothing is handed over any more
+    assert all(
+        0 < m["probe_overlap"] <= 1 and m["score_drift"] > 0 < m["drift_check_s"] for m in measured.values()
+    )
+    lines = metrics_of(finished)
+    assert [m["oldest_staleness_steps"] for m in lines] == [m["staleness_steps"] for m in lines]
+
+
+def refreshes_of(run):
+    """What happened, without how fast."""
+    records = read_jsonl(run.pretrain_dir / "refreshes.jsonl", "the refreshes")
+    return [{name: value for name, value in r.items() if name != "blocks_per_s"} for r in records]
+
+
+def metrics_of(run):
+    return read_metrics(run.pretrain_dir / "metrics.jsonl")
+
+
+DRIFT = (
+    "refresh.trigger=drift", "refresh.drift_every_steps=1", "refresh.drift_overlap_below=0.97",
+    "refresh.drift_min_steps=2", "refresh.drift_max_steps=5", "refresh.order=priority",
+    "refresh.shard_blocks=48", "refresh.priority_half_life_steps=3", "pretrain.illustrations=0",
+)  # fmt: skip
+
+
+def test_drift_triggered_refreshes_come_where_the_overlap_fell_and_again_after_a_resume(tmp_path, store):
+    """A run interrupted between two handovers decides and tallies as one that was not."""
+    run, config = new_run(tmp_path / "whole", store, *DRIFT)
+    pretrain(run, config)
+    events = refreshes_of(run)
+    overlaps = {m["step"]: m["probe_overlap"] for m in metrics_of(run) if "probe_overlap" in m}
+    last, expected = 0, []
+    for step in range(1, STEPS):
+        if step - last >= 5 or (step - last >= 2 and overlaps[step] < 0.97):
+            expected.append((step, "ceiling" if step - last >= 5 else "drift"))
+            last = step
+    assert [(e["step"], e["reason"]) for e in events if e["event"] == "handed over"] == expected
+    assert "drift" in {reason for _, reason in expected}
+
+    cut, config = new_run(tmp_path / "cut", store, *DRIFT)
+    trainer = Pretrainer(cut, config, resume=False, progress=False)
+    interrupt_after(trainer, 7)
+    pretrain(cut, config, resume=True)
+    assert losses(cut) == losses(run)
+    assert refreshes_of(cut) == refreshes_of(run)
+    states = [newest_checkpoint(r.pretrain_dir / "checkpoints").state for r in (run, cut)]
+    assert states[0]["tally"] == states[1]["tally"]
+    assert states[0]["tally"]["step"] == STEPS
+    assert min(states[0]["tally"]["tally"]) > 0  # both shards hold candidates
+    assert states[0]["handed_over_step"] == states[1]["handed_over_step"] == expected[-1][0]
+
+
+def test_corrected_queries_search_and_resume_bit_for_bit(tmp_path, store):
+    options = ("refresh.correct_queries=true", "refresh.drift_every_steps=2", "pretrain.illustrations=0")
+    run, config = new_run(tmp_path / "whole", store, *options)
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+    used = []
+    real = trainer._forward_backward
+
+    def forward_backward(step, *, with_accuracy):
+        used.append(0.0 if trainer.correction is None else float(trainer.correction.matrix.abs().sum()))
+        return real(step, with_accuracy=with_accuracy)
+
+    trainer._forward_backward = forward_backward
+    pretrain_with(trainer)
+    # fitted after steps 2, 4, ...; at 4 and 8 the index is swapped, and the new one needs (nearly) none
+    assert used[0] == used[1] == 0.0 < used[2] == used[3]
+    assert max(used[4:6]) < used[2]
+    cut, config = new_run(tmp_path / "cut", store, *options)
+    trainer = Pretrainer(cut, config, resume=False, progress=False)
+    interrupt_after(trainer, 7)  # the checkpoint of step 6 has the correction fitted there
+    pretrain(cut, config, resume=True)
+    assert losses(cut) == losses(run)
+
+
+def test_the_priority_order_goes_to_the_refresher(tmp_path, store):
+    run, config = new_run(tmp_path, store, *DRIFT, "refresh.trigger=steps")
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+    orders = []
+    submit = trainer.refresher.submit
+
+    def noted(step, embedder, *, shard_order):
+        orders.append((shard_order, trainer.tally.order([0, 0])))
+        submit(step, embedder, shard_order=shard_order)
+
+    trainer.refresher.submit = noted
+    pretrain_with(trainer)
+    assert len(orders) == 2
+    for order, expected in orders:
+        assert order == expected
+        assert sorted(order) == [0, 1]
+
+
+def interrupt_after(trainer, step_before):
+    class Stop(Exception):
+        pass
+
+    real = trainer._forward_backward
+
+    def forward_backward(step, *, with_accuracy):
+        if step > step_before:
+            raise Stop
+        return real(step, with_accuracy=with_accuracy)
+
+    trainer._forward_backward = forward_backward
+    with pytest.raises(Stop):
+        pretrain_with(trainer)
+
+
 def test_the_last_checkpoint_comes_with_an_index_of_its_own_weights(finished):
     checkpoint = newest_checkpoint(finished.pretrain_dir / "checkpoints")
     assert checkpoint.step == STEPS
@@ -127,21 +245,8 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path, store, 
 def test_resuming_after_an_interruption_takes_the_same_steps(tmp_path, store, finished):
     run, config = new_run(tmp_path, store)
     interrupted_at = 5
-
-    class Stop(Exception):
-        pass
-
     trainer = Pretrainer(run, config, resume=False, progress=False)
-    real = trainer._forward_backward
-
-    def forward_backward(step, *, with_accuracy):
-        if step > interrupted_at:
-            raise Stop
-        return real(step, with_accuracy=with_accuracy)
-
-    trainer._forward_backward = forward_backward
-    with pytest.raises(Stop):
-        pretrain_with(trainer)
+    interrupt_after(trainer, interrupted_at)
     assert max(losses(run)) == interrupted_at
     pretrain(run, config, resume=True)
     assert losses(run) == losses(finished)

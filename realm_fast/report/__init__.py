@@ -10,6 +10,7 @@ be missing; a malformed file is an error that names it. Where what is:
     charts.py          curves, before and after, bars: inline SVG
     illustration.py    the picture of REALM itself
     summary.py, training.py, answers.py, record.py      the sections, in the page's order
+    refreshes.py       staleness, drift and the time line of refreshes, part of training.py's section
     ../assets/         report.css and report.js, put into the page
 """
 

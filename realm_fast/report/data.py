@@ -67,19 +67,30 @@ ILLUSTRATION = {
     "gold_marginal_p": [Share],
     "null_gold_p?": Maybe([Share]),
 }
-METRICS: Record = {"step": int, "skipped?": Maybe({"*": int})} | {
+METRICS: Record = {"step": int, "skipped?": Maybe({"*": int}), "probe_overlap?": Maybe(Share)} | {
     f"{name}?": Maybe(float)
     for name in (
         # of both stages
         "loss", "reader_lr", "embedder_lr", "grad_norm", "step_s",
         # of pre-training
-        "retrieval_utility", "masked_accuracy", "null_probability", "staleness_steps", "snapshot_step",
-        "oldest_staleness_steps", "queries_per_s", "refresh_blocks_per_s", "trainer_wait_s", "handover_s",
-        "refresh_failures",
+        "retrieval_utility", "masked_accuracy", "null_probability", "staleness_steps",
+        "oldest_staleness_steps", "snapshot_step", "score_drift", "drift_check_s", "queries_per_s",
+        "refresh_blocks_per_s", "trainer_wait_s", "handover_s", "refresh_failures",
         # of fine-tuning
         "retriever_loss", "reader_loss", "questions_per_s", "with_answer_retrieved", "with_answer_read",
     )
 }  # fmt: skip
+REFRESH = {"event": str}
+REFRESH_EVENTS = {  # by what happened; other events are passed over
+    "handed over": {"step": int, "reason": str},
+    "in use": {
+        "step": int,
+        "snapshot_step": int,
+        "oldest_shard_step": int,
+        "fresh_shards": int,
+        "shards": int,
+    },
+}
 RECALL = Maybe({"*": Maybe(Percentage)})  # by cut-off, "1", "5", …
 EVALUATION = {
     "when": str,
@@ -152,6 +163,7 @@ class RunData:
     defaults: Record
     stages: list[Record] | None
     metrics: list[Record] | None
+    refreshes: list[Record] | None
     evaluations: list[Record] | None
     illustrations: list[Record] | None
     finetune_metrics: list[Record] | None
@@ -180,6 +192,7 @@ class RunData:
             defaults=Config().to_dict(),
             stages=_optional_lines(path / "stages.jsonl", "the stages", STAGE),
             metrics=_optional_metrics(path / "pretrain" / "metrics.jsonl"),
+            refreshes=_optional_refreshes(path / "pretrain" / "refreshes.jsonl"),
             evaluations=_optional_lines(
                 path / "pretrain" / "evaluations.jsonl", "the evaluations", EVALUATION
             ),
@@ -314,6 +327,16 @@ def _optional_metrics(path: Path) -> list[Record] | None:
     for line, record in enumerate(records, start=1):
         check(record, METRICS, f"{path}:{line}")
     return records
+
+
+def _optional_refreshes(path: Path) -> list[Record] | None:
+    records = _optional_lines(path, "the refreshes", REFRESH)
+    if records is None:
+        return None
+    known = [(line, r) for line, r in enumerate(records, start=1) if r["event"] in REFRESH_EVENTS]
+    for line, record in known:
+        check(record, REFRESH_EVENTS[record["event"]], f"{path}:{line}")
+    return [record for _, record in known]
 
 
 def _illustrations(path: Path) -> list[Record] | None:

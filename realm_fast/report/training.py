@@ -1,20 +1,17 @@
 """Sections of the report about training: the curves, and what pre-training changed."""
 
-import statistics
 from collections.abc import Sequence
 
 from realm_fast.report.charts import (
     Change,
-    Mark,
-    Series,
     before_after,
     line_chart,
     smoothing_half_life,
-    whole,
 )
 from realm_fast.report.data import SUBSETS, Record, RunData, cutoff_order
-from realm_fast.report.markup import Markup, count, join, number, percent, tag, whole_percent
+from realm_fast.report.markup import Markup, join, number, percent, tag, whole_percent
 from realm_fast.report.parts import REACHABLE, difference, missing, series, table
+from realm_fast.report.refreshes import refresh_charts
 
 
 def pretraining(data: RunData) -> Markup:
@@ -26,7 +23,6 @@ def pretraining(data: RunData) -> Markup:
     level = data.setting("pretrain.level") or "token"
     per = "nats per masked token" if level == "token" else "nats per masked span"
     half_life = smoothing_half_life(len(metrics))
-    refreshes = _refreshes(metrics)
     curves = [
         line_chart(
             [series(metrics, "loss", "loss")],
@@ -39,22 +35,6 @@ def pretraining(data: RunData) -> Markup:
             title="Retrieval utility",
             unit=per,
             note="What the retrieved blocks add over the null block; above 0, looking things up helps.",
-        ),
-        line_chart(
-            [
-                Series(
-                    "staleness",
-                    *_saw_tooth(metrics),
-                    color=3,
-                    smooth=False,
-                )
-            ],
-            title="Staleness of the index",
-            unit="steps behind the trainer",
-            marks=refreshes,
-            from_zero=True,
-            wide=True,
-            note=_staleness_words(metrics, refreshes),
         ),
         line_chart(
             [series(metrics, "masked_accuracy", "accuracy", 1, 100)],
@@ -71,6 +51,7 @@ def pretraining(data: RunData) -> Markup:
             show=whole_percent,
             note="How often the retriever would rather read nothing.",
         ),
+        *refresh_charts(metrics, data.refreshes or []),
     ]
     more = [
         line_chart(
@@ -213,53 +194,6 @@ def _masked_tokens(data: RunData) -> Markup:
             ),
             table(["held-out sentences", "before", "after", "change"], rows, numeric_from=1),
         ]
-    )
-
-
-def _saw_tooth(metrics: Sequence[Record]) -> tuple[list[float], list[float | None]]:
-    """Staleness as logged, the climb up to each refresh filled in: it grows by one a step until the swap."""
-    xs: list[float] = []
-    ys: list[float | None] = []
-    last: Record | None = None
-    for record in metrics:
-        value = record.get("staleness_steps")
-        if value is None:
-            continue
-        if last is not None and record.get("snapshot_step") != last.get("snapshot_step"):
-            xs.append(record["step"])
-            ys.append(last["staleness_steps"] + record["step"] - last["step"])
-        xs.append(record["step"])
-        ys.append(value)
-        last = record
-    return xs, ys
-
-
-def _refreshes(metrics: Sequence[Record]) -> list[Mark]:
-    """Where the trainer was first seen with another snapshot."""
-    marks = []
-    last = None
-    for record in metrics:
-        snapshot = record.get("snapshot_step")
-        if snapshot is None:
-            continue
-        if last is not None and snapshot != last:
-            marks.append(Mark(record["step"], f"index of step {number(whole(snapshot))} in use"))
-        last = snapshot
-    return marks
-
-
-def _staleness_words(metrics: Sequence[Record], refreshes: Sequence[Mark]) -> str:
-    values = [record["staleness_steps"] for record in metrics if record.get("staleness_steps") is not None]
-    if not values:
-        return "Staleness was not recorded."
-    if not refreshes:
-        return f"No fresh index was swapped in; largest logged {number(whole(max(values)))} steps."
-    refreshed = count(len(refreshes), "refresh", "refreshes")
-    mean, largest = number(statistics.fmean(values)), number(whole(max(values)))
-    return (
-        f"{refreshed} (vertical lines); mean {mean} steps, largest logged {largest}. The index is rebuilt in "
-        "the background while training goes on; each tooth ends where a new one is swapped in, drawn at the "
-        "first record after the swap."
     )
 
 
