@@ -20,6 +20,7 @@ from torch import Tensor
 
 from realm_fast import _native
 from realm_fast.ops._checks import check_int, check_tensor
+from realm_fast.ops._cuda import cuda_reason
 from realm_fast.ops._dispatch import choose_impl
 from realm_fast.types import NO_BLOCK, TopK
 
@@ -90,7 +91,7 @@ def mips_topk(
         "mips_topk",
         impl,
         {
-            "cuda": lambda: cuda_reason(queries, k),
+            "cuda": lambda: topk_cuda_reason(queries, k),
             "cpu": lambda: None if queries.is_cpu else f"the tensors are on {queries.device}",
             "reference": lambda: None,
         },
@@ -102,20 +103,12 @@ def mips_topk(
     return TopK(*mips_topk_op(queries, blocks, k, exclude_ids))
 
 
-def cuda_reason(queries: Tensor, k: int) -> str | None:
+def topk_cuda_reason(queries: Tensor, k: int) -> str | None:
     """Why the CUDA kernels cannot take this call, or None."""
-    if not queries.is_cuda:
-        return f"the tensors are on {queries.device}"
-    if not _native.build_info()["cuda"]:
-        return "this build has no CUDA kernels (no nvcc was found when it was built)"
-    capability = torch.cuda.get_device_capability(queries.device)
-    if capability < (8, 0):
-        return (
-            f"the kernels need compute capability 8.0, {queries.device} has {capability[0]}.{capability[1]}"
-        )
-    if not isinstance(k, torch.SymInt) and k > _native.MAX_CUDA_K:
+    reason = cuda_reason(queries)
+    if reason is None and not isinstance(k, torch.SymInt) and k > _native.MAX_CUDA_K:
         return f"the kernels take k <= {_native.MAX_CUDA_K}, got {k}"
-    return None
+    return reason
 
 
 def check_exclude_ids(exclude_ids: Tensor, queries: Tensor) -> Tensor:
