@@ -44,6 +44,7 @@ class DeviceIndex:
     def __init__(self, dtype: str, dim: int, num_rows: int, device: torch.device) -> None:
         """`num_rows` rows of zeros; use `from_embeddings`, or `store` into it, then `seal`."""
         check_choice("dtype", dtype, DTYPES)
+        check_int("dim", dim, minimum=1)
         if dtype == "int8" and dim > MAX_INT8_DIM:
             raise ValueError(f"dim: expected at most {MAX_INT8_DIM} for int8, got {dim}")
         self.dtype, self.dim = dtype, dim
@@ -143,7 +144,7 @@ class DeviceIndex:
         if not self.certified:
             return
         if self.dtype == "int8":
-            largest = values.abs().amax(1) if self.dim else values.new_zeros(len(values))
+            largest = values.abs().amax(1)
             scale = torch.where(largest > 0, largest / _LEVELS, 1)
             codes = (values / scale[:, None]).round().clamp(-_LEVELS, _LEVELS)
             self.scale[rows] = scale
@@ -269,11 +270,11 @@ class DeviceIndex:
 def _stride(dim: int, dtype: torch.dtype) -> int:
     """Elements from one row to the next."""
     per_row = _ROW_BYTES // dtype.itemsize
-    return -(-max(dim, 1) // per_row) * per_row
+    return -(-dim // per_row) * per_row
 
 
 def _store_rows(dim: int) -> int:
-    return max(_STORE_BYTES // (4 * max(dim, 1)), 1)
+    return max(_STORE_BYTES // (4 * dim), 1)
 
 
 def _rows_of(ids: Tensor, known: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def device_reasons(device: torch.device) -> list[str]:
         return ["this build has no CUDA kernels (no nvcc was found when it was built)"]
     if torch.version.hip is not None:
         return ["the CUDA kernels do not run on ROCm"]
-    return [reason for reason in (_driver_reason(), _capability_reason(device)) if reason is not None]
+    return [reason for reason in (_driver_reason(), capability_reason(device)) if reason is not None]
 
 
 def cuda_reason(tensor: torch.Tensor) -> str | None:
@@ -32,7 +32,7 @@ def _driver_reason() -> str | None:
     return f"{has}, this build needs {_version(needed)}: install a newer driver, or build with an older nvcc"
 
 
-def _capability_reason(device: torch.device) -> str | None:
+def capability_reason(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= MINIMUM_CAPABILITY:
         return None

@@ -616,8 +616,8 @@ def _torch_dlogits(logits, labels, begin, row_max, row_logsum, grad, compute) ->
     """grad * (onehot - softmax) of a chunk, in place, in the compute dtype."""
     softmax = logits.sub_(row_max[:, None]).sub_(row_logsum[:, None]).exp_()
     local = labels - begin
-    here = ((local >= 0) & (local < logits.shape[1])).nonzero()[:, 0]
-    softmax[here, local[here]] -= 1
+    here = (local >= 0) & (local < logits.shape[1])
+    softmax.scatter_add_(1, torch.where(here, local, 0)[:, None], -here.to(softmax.dtype)[:, None])
     return softmax.mul_(-grad[:, None]).to(compute)
 
 

@@ -136,8 +136,7 @@ def mips_topk_op(
     if exclude_ids is not None:
         _check_range(exclude_ids, len(blocks))
         exclude_ids = exclude_ids.long().contiguous()
-    if queries.shape[1] == 0:  # every score is 0; the kernels want at least one column
-        queries, blocks = (torch.nn.functional.pad(t, (0, 1)) for t in (queries, blocks))
+    queries, blocks = _at_least_one_column(queries, blocks)
     (num_queries, dim), num_blocks = queries.shape, blocks.shape[0]
     values = queries.float().contiguous()
     rows = blocks if blocks.stride(1) == 1 else blocks.contiguous()
@@ -163,6 +162,7 @@ def mips_topk_op(
 
 @mips_topk_op.register_kernel("cuda")
 def _(queries: Tensor, blocks: Tensor, k: int, exclude_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    queries, blocks = _at_least_one_column(queries, blocks)
     (num_queries, dim), num_blocks = queries.shape, blocks.shape[0]
     queries, blocks = dense_rows(queries), dense_rows(blocks)
     call = _native.MipsTopkCuda(
@@ -179,6 +179,13 @@ def _(queries: Tensor, blocks: Tensor, k: int, exclude_ids: Tensor | None) -> tu
     return run_cuda(call, queries, k, exclude_ids)
 
 
+def _at_least_one_column(queries: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels want a column; without any, every score is 0."""
+    if queries.shape[1]:
+        return queries, blocks
+    return torch.nn.functional.pad(queries, (0, 1)), torch.nn.functional.pad(blocks, (0, 1))
+
+
 def dense_rows(rows: Tensor) -> Tensor:
     """The same values with each row contiguous; copies only if they are not already."""
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
@@ -190,10 +197,16 @@ def run_cuda(call, queries: Tensor, k: int, exclude_ids: Tensor | None) -> tuple
         if exclude_ids is not None:
             exclude_ids = exclude_ids.long().contiguous()
             call.exclude(exclude_ids.data_ptr(), exclude_ids.shape[1])
-        scores = queries.new_empty((len(queries), k), dtype=torch.float32)
-        ids = queries.new_empty((len(queries), k), dtype=torch.int64)
         workspace_bytes = call.workspace_bytes
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=queries.device)
+        try:
+            scores = queries.new_empty((len(queries), k), dtype=torch.float32)
+            ids = queries.new_empty((len(queries), k), dtype=torch.int64)
+            workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=queries.device)
+        except torch.OutOfMemoryError as error:  # nothing was launched
+            raise torch.OutOfMemoryError(
+                f"mips_topk: no memory for the workspace of {workspace_bytes} bytes ({len(queries)} queries, "
+                f"k={k}): {error}"
+            ) from error
         stream = torch.cuda.current_stream().cuda_stream
         call.run(scores.data_ptr(), ids.data_ptr(), workspace.data_ptr(), workspace_bytes, stream)
     return scores, ids
