@@ -56,9 +56,17 @@ class Residence:
         Raises:
             ConfigError: the setting is "device" and cannot be met.
         """
+        if isinstance(index, DeviceIndex):  # placed before
+            return index
         if self._on_device is None:
             self._on_device = self._choose(index)
         return self.receive(self.move(index)) if self._on_device else index
+
+    @property
+    def on_device(self) -> bool:
+        """Whether `place` moves indexes."""
+        assert self._on_device is not None, "place() the first index before"
+        return self._on_device
 
     def beside(self, refresher: Refresher, *, waits: bool = False) -> Refresher:
         """`refresher`, with its snapshots placed before `poll` returns them.
@@ -66,8 +74,7 @@ class Residence:
         Args:
             waits: place them inside of `poll`, so that the step they arrive at does not depend on timing.
         """
-        assert self._on_device is not None, "place() the first index before"
-        return ResidentRefresher(refresher, self, waits=waits) if self._on_device else refresher
+        return ResidentRefresher(refresher, self, waits=waits)
 
     def move(self, index: Index) -> DeviceIndex:
         """A copy on the device, made on the side stream, in any thread; complete when this returns."""
@@ -142,6 +149,8 @@ class ResidentRefresher:
         self._refresher.submit(step, embedder)
 
     def poll(self) -> IndexSnapshot | None:
+        if not self._residence.on_device:
+            return self._refresher.poll()
         self._newest = self._refresher.poll() or self._newest
         if self._moving is None and self._newest is not None:
             snapshot, self._newest = self._newest, None

@@ -7,6 +7,7 @@ and driver) where only the choice is tested. The real device is for tests/gpu/te
 import dataclasses
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ from realm_fast import MipsIndex, _native
 from realm_fast.device_index import WORKING_BYTES, DeviceIndex
 from realm_fast.errors import ConfigError
 from realm_fast.index import Provenance
+from realm_fast.metrics import read_metrics
 from realm_fast.ops import _cuda
 from realm_fast.residence import AUTO_SHARE, Residence, ResidentRefresher
+from realm_fast.train import Pretrainer, pretrain
+from tests import qa_world
+from tests.qa_world import one_thread  # noqa: F401
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -142,13 +147,15 @@ def test_the_choice_holds_for_the_run(index, gpu):
     assert chosen.place(index) is index
     gpu.free = 80 << 30  # later on there would be room
     assert chosen.place(index) is index
-    refresher = Refreshed()
-    assert chosen.beside(refresher) is refresher
+    inner = Refreshed()
+    inner.ready.append(Snapshot(1, index))
+    assert chosen.beside(inner).poll().index is index
 
 
 def test_a_placed_index_answers_as_before(index):
     placed = OnTheDevice().place(index)
     assert isinstance(placed, DeviceIndex)
+    assert OnTheDevice().place(placed) is placed
     assert placed.provenance == index.provenance
     assert placed.ids is None  # ids that count up need no memory
     queries = torch.randn(7, 24)
@@ -291,3 +298,63 @@ def test_closing_while_a_move_is_under_way(index):
 
 def test_reasons_that_need_no_device():
     assert _cuda.device_reasons(CPU) == ["the tensors are on cpu"]
+
+
+# ---- a whole run ----
+
+RUN = (
+    "masking.strategy=random_token", "masking.random_token_rate=0.3", "masking.max_masks=4", "pretrain.steps=6",
+    "pretrain.batch_queries=4", "pretrain.num_candidates=3", "pretrain.checkpoint_every_steps=6",
+    "pretrain.log_every_steps=1", "pretrain.illustrations=1", "refresh.every_steps=2",
+    "evaluate.held_out_queries=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return qa_world.make_store(tmp_path_factory.mktemp("world"), count=40)
+
+
+def pretrained(folder, store, *settings):
+    run, config = qa_world.make_run(folder, "run", store, *RUN, *settings)
+    pretrain(run, config)
+    return [
+        {name: line[name] for name in ("loss", "snapshot_step", "refresh_failures", "trainer_wait_s")}
+        for line in read_metrics(run.pretrain_dir / "metrics.jsonl")
+    ]
+
+
+def test_a_run_over_a_placed_index_takes_the_steps_of_a_run_over_the_hosts(tmp_path, store, monkeypatch):
+    """Training, its refreshes, its measurements before and after: all search what place() gave."""
+    want = pretrained(tmp_path / "host", store, "refresh.mode=inline")
+    monkeypatch.setattr("realm_fast.train.Residence", lambda *a, **k: OnTheDevice())
+    monkeypatch.setattr(MipsIndex, "search", lambda *a, **k: pytest.fail("the host's index was searched"))
+    assert pretrained(tmp_path / "placed", store, "refresh.mode=inline") == want
+    assert [line["snapshot_step"] for line in want] == [0, 2, 2, 4, 4, 4]
+
+
+def test_a_run_beside_a_thread_takes_snapshots_as_they_arrive(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("realm_fast.train.Residence", lambda *a, **k: OnTheDevice())
+    lines = pretrained(tmp_path, store, "refresh.mode=thread", "pretrain.steps=40")
+    assert all(line["trainer_wait_s"] == 0 and line["refresh_failures"] == 0 for line in lines)
+    assert lines[-1]["snapshot_step"] > 0
+
+
+def test_the_queries_drawn_ahead_are_those_of_the_next_step_and_counted_with_it(tmp_path, store):
+    run, config = qa_world.make_run(tmp_path, "run", store, *RUN, "refresh.mode=off")
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+    trainer._forward_backward(1, with_accuracy=False)
+    counted = dict(trainer.masker.skipped)
+    number, batches, skipped = trainer.ahead
+    fresh, fresh_skipped = trainer._draw_batches(2)
+    assert number == 2
+    assert skipped == fresh_skipped
+    for drawn, again in zip(batches[0], fresh[0], strict=True):
+        assert drawn.origin_block_id == again.origin_block_id
+        assert drawn.tokens.tolist() == again.tokens.tolist()
+    assert dict(trainer.masker.skipped) == counted  # a checkpoint of step 1 does not count step 2
+    trainer.ahead = (2, batches, Counter(planted=5))
+    assert trainer._take_batches(2) is batches
+    assert trainer.masker.skipped["planted"] == 5
+    assert trainer._take_batches(6)[0][0].tokens.tolist() != batches[0][0].tokens.tolist()
+    trainer.close()
