@@ -137,13 +137,10 @@ class ResidentRefresher:
 
     def __init__(self, refresher: Refresher, residence: Residence, *, waits: bool) -> None:
         self._refresher, self._residence, self._waits = refresher, residence, waits
+        self.failures = refresher.failures  # one list: moves that fail are failures like others
         self._thread = ThreadPoolExecutor(1, "realm_fast index mover")
         self._newest: IndexSnapshot | None = None  # finished, and still to be moved
         self._moving: tuple[IndexSnapshot, Future[DeviceIndex]] | None = None
-
-    @property
-    def failures(self) -> list[str]:
-        return self._refresher.failures
 
     def submit(self, step: int, embedder: Embedder) -> None:
         self._refresher.submit(step, embedder)

@@ -276,12 +276,12 @@ class Pretrainer:
             shown.append((share, {name: HostCopy(v) for name, v in values.items() if v is not None}))
         if step < settings.steps:
             self.ahead = (step + 1, *self._draw_batches(step + 1))  # while the device is at this step
-        means = Counter(dict.fromkeys(("loss", *SHOWN), 0.0))
+        means = dict.fromkeys(("loss", *SHOWN), 0.0)
         for share, copies in shown:
             check_loss(copies["loss"].wait(), step, self.optimizer)
             for name, copy in copies.items():
                 means[name] += float(copy.wait()) * share
-        return dict(means)
+        return means
 
     def _take_batches(self, step: int) -> list[list[MaskedQuery]]:
         """The micro-batches of a step. Repeated draws are counted now, not when they were made."""
