@@ -50,6 +50,7 @@ class DeviceIndex:
         self.dtype, self.dim = dtype, dim
         self.provenance: Provenance | None = None
         self.ids: Tensor | None = None  # [N] int64 ascending; None: a row's id is its number
+        self.held: object = None  # lives as long as the index: what it was copied from
         code_type = _CODE_TYPES[dtype]
         self.codes = torch.zeros(num_rows, _stride(dim, code_type), dtype=code_type, device=device)[:, :dim]
         self.device = self.codes.device  # "cuda" has become "cuda:0"

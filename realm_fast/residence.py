@@ -82,6 +82,7 @@ class Residence:
         with self._side.after(None):
             moved = DeviceIndex.from_index(index, self._device)
         self._side.finish()
+        moved.held = index  # a snapshot that is open is not deleted, and a checkpoint may still name it
         return moved
 
     def receive(self, moved: DeviceIndex) -> DeviceIndex:

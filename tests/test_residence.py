@@ -155,6 +155,7 @@ def test_the_choice_holds_for_the_run(index, gpu):
 def test_a_placed_index_answers_as_before(index):
     placed = OnTheDevice().place(index)
     assert isinstance(placed, DeviceIndex)
+    assert placed.held is index  # so that the snapshot's files are not pruned
     assert OnTheDevice().place(placed) is placed
     assert placed.provenance == index.provenance
     assert placed.ids is None  # ids that count up need no memory
