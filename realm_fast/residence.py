@@ -56,8 +56,8 @@ class Residence:
         Raises:
             ConfigError: the setting is "device" and cannot be met.
         """
-        if isinstance(index, DeviceIndex):  # placed before
-            return index
+        if isinstance(index, DeviceIndex):  # placed before; the caller may be on another stream by now
+            return self.receive(index)
         if self._on_device is None:
             self._on_device = self._choose(index)
         return self.receive(self.move(index)) if self._on_device else index

@@ -100,6 +100,8 @@ def training_stream(device: torch.device) -> Iterator[None]:
     before = torch.cuda.current_stream(device)
     stream = torch.cuda.Stream(device, priority=TRAINING_PRIORITY)
     stream.wait_stream(before)  # the weights were put there by it
-    with torch.cuda.stream(stream):
-        yield
-    before.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        before.wait_stream(stream)

@@ -201,6 +201,7 @@ class Pretrainer:
                 total=settings.steps, initial=first, desc="pretrain", unit="step", enabled=self.progress
             ) as shown,
         ):
+            self.snapshot = self._placed(self.snapshot)  # this stream searches it from here on
             for step in range(first + 1, settings.steps + 1):
                 begin = time.monotonic()
                 waited_s = self._wait_while_too_stale(step)

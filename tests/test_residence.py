@@ -19,6 +19,7 @@ from realm_fast.index import Provenance
 from realm_fast.metrics import read_metrics
 from realm_fast.ops import _cuda
 from realm_fast.residence import AUTO_SHARE, Residence, ResidentRefresher
+from realm_fast.streams import NoStream
 from realm_fast.train import Pretrainer, pretrain
 from tests import qa_world
 from tests.qa_world import one_thread  # noqa: F401
@@ -260,6 +261,25 @@ def test_inline_gives_the_snapshot_in_the_same_poll(index):
     inner.ready.append(Snapshot(8, index))
     assert isinstance(refresher.poll().index, DeviceIndex)
     refresher.close()
+
+
+def test_who_searches_a_placed_index_is_told_to_the_allocator(index):
+    """By place(), by a poll that brings one, and again where the trainer has changed its stream."""
+    kept = []
+
+    class Side(NoStream):
+        def hand_over(self, tensors):
+            kept.append(list(tensors))
+
+    chosen = OnTheDevice()
+    chosen._side = Side()
+    first = chosen.place(index)
+    chosen.place(first)
+    inner = Refreshed()
+    inner.ready.append(Snapshot(2, index))
+    second = chosen.beside(inner, waits=True).poll().index
+    for tensors, expected in zip(kept, (first, first, second), strict=True):
+        assert {t.data_ptr() for t in tensors} == {t.data_ptr() for t in expected.tensors()}
 
 
 def test_a_failed_move_costs_staleness_and_the_next_one_works(index):

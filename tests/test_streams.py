@@ -135,6 +135,12 @@ def test_an_error_leaves_the_side_stream(recorder):
     assert torch.cuda.current_stream(GPU).name == "default"
 
 
+def test_an_error_in_training_leaves_the_streams_in_order(recorder):
+    with pytest.raises(KeyError), training_stream(GPU):
+        raise KeyError
+    assert recorder.log == ["stream0 waits for default", "default waits for stream0"]
+
+
 def test_on_a_cpu_there_is_nothing_to_order():
     side = side_stream(torch.device("cpu"))
     assert isinstance(side, NoStream)
