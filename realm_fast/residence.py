@@ -12,6 +12,7 @@ once, at the first index, and holds for the run.
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -143,8 +144,12 @@ class ResidentRefresher:
         self._newest: IndexSnapshot | None = None  # finished, and still to be moved
         self._moving: tuple[IndexSnapshot, Future[DeviceIndex]] | None = None
 
-    def submit(self, step: int, embedder: Embedder) -> None:
-        self._refresher.submit(step, embedder)
+    def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
+        self._refresher.submit(step, embedder, shard_order=shard_order)
+
+    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+        """As its refresher makes it: on the host. The first one decides where the others go (`place`)."""
+        return self._refresher.make_now(step, embedder, progress=progress)
 
     def poll(self) -> IndexSnapshot | None:
         if not self._residence.on_device:
@@ -167,8 +172,8 @@ class ResidentRefresher:
     def is_busy(self) -> bool:
         return self._moving is not None or self._newest is not None or self._refresher.is_busy()
 
-    def close(self) -> None:
-        self._refresher.close()
+    def close(self, *, is_done: bool = False) -> None:
+        self._refresher.close(is_done=is_done)
         self._thread.shutdown(cancel_futures=True)
         self._newest = self._moving = None
 

@@ -183,8 +183,11 @@ class Refreshed:
     def __init__(self):
         self.failures, self.ready, self.closed = [], [], False
 
-    def submit(self, step, embedder):
-        self.submitted = step
+    def submit(self, step, embedder, *, shard_order=None):
+        self.submitted = (step, shard_order)
+
+    def make_now(self, step, embedder, *, progress=False):
+        return Snapshot(step, embedder)
 
     def poll(self):
         return self.ready.pop() if self.ready else None
@@ -192,8 +195,8 @@ class Refreshed:
     def is_busy(self):
         return bool(self.ready)
 
-    def close(self):
-        self.closed = True
+    def close(self, *, is_done=False):
+        self.closed = ("done",) if is_done else ("open",)
 
 
 def poll_until(refresher, seconds=20):
@@ -221,8 +224,9 @@ class Slow(OnTheDevice):
 def test_poll_never_waits_for_a_move(index):
     inner, slow = Refreshed(), Slow()
     refresher = ResidentRefresher(inner, slow, waits=False)
-    refresher.submit(4, None)
-    assert inner.submitted == 4
+    refresher.submit(4, None, shard_order=[2, 0, 1])
+    assert inner.submitted == (4, [2, 0, 1])
+    assert refresher.make_now(4, index).index is index
     inner.ready.append(Snapshot(4, index))
     assert refresher.is_busy()
     assert refresher.poll() is None  # begins the move
@@ -234,8 +238,8 @@ def test_poll_never_waits_for_a_move(index):
     assert isinstance(snapshot.index, DeviceIndex)
     assert not refresher.is_busy()
     assert refresher.poll() is None
-    refresher.close()
-    assert inner.closed
+    refresher.close(is_done=True)
+    assert inner.closed == ("done",)
 
 
 def test_only_the_newest_snapshot_is_moved_and_never_while_two_copies_are_held(index):

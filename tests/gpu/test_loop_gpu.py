@@ -21,7 +21,6 @@ from realm_fast.model import RealmModel, realm_step
 from realm_fast.refresh import RefreshTask, make_refresher
 from realm_fast.residence import Residence, free_bytes
 from realm_fast.run_folder import RunFolder
-from realm_fast.snapshot import open_snapshot
 from realm_fast.streams import side_stream, training_stream
 from realm_fast.train import Pretrainer, pretrain
 from tests import model_world, qa_world
@@ -145,13 +144,13 @@ def test_copies_both_ways():
 
 @pytest.mark.parametrize("mode", ["inline", "thread", "process"])
 def test_each_mode_embeds_on_the_gpu_and_places_the_index(tmp_path, store, mode):
-    config = qa_world.settings(store.path.parent, f"refresh.mode={mode}")
+    config = qa_world.settings(store.path.parent, f"refresh.mode={mode}", "refresh.device=cuda")
     embedder = model_embedder(store, config).cuda()
     task = RefreshTask(tmp_path / "snapshots", store, config.index, config.refresh)
     residence = on_device()
-    residence.place(open_snapshot(task.write(0, embedder)).index)
     refresher = residence.beside(make_refresher(task, work_dir=tmp_path / "work"), waits=mode == "inline")
     try:
+        residence.place(refresher.make_now(0, embedder).index)
         refresher.submit(7, embedder)
         expected = embed_blocks(embedder, store, token_budget=2048)
         with torch.no_grad():
