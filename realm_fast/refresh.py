@@ -257,13 +257,8 @@ class ThreadRefresher(LiveRefresher):
     ) -> None:
         weights, side = copy.deepcopy(embedder), side_stream(embedder.device)
         with self._condition:
-            self._next = (
-                step,
-                weights,
-                shard_order,
-                side,
-                side.mark(),
-            )  # the copy was queued before the mark
+            mark = side.mark()  # the copy was queued before it
+            self._next = (step, weights, shard_order, side, mark)
             self._condition.notify()
 
     def _loop(self) -> None:
