@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "core/cpu.h"
+#ifdef REALM_FAST_WITH_CUDA
+#include "core/cuda_versions.h"
+#endif
 
 namespace py = pybind11;
 
@@ -45,6 +48,10 @@ PYBIND11_MODULE(_native, m) {
 #endif
     return d;
   });
+#ifdef REALM_FAST_WITH_CUDA
+  m.def("cuda_runtime_version", &realm_fast::cuda_runtime_version);
+  m.def("cuda_driver_version", &realm_fast::cuda_driver_version);
+#endif
   realm_fast::bind_embed_epilogue(m);
   realm_fast::bind_linear_marginal_ce(m);
   realm_fast::bind_marginal_lse(m);

@@ -57,6 +57,7 @@ FREE_SETTINGS = frozenset(
         "device",
         "num_threads",
         "corpus.num_workers",
+        "index.residence",
         "pretrain.checkpoint_every_steps",
         "pretrain.keep_checkpoints",
         "pretrain.log_every_steps",

@@ -74,6 +74,10 @@ class IndexConfig:
     dtype: Literal["float32", "bfloat16", "int8"] = setting(
         "float32", "what the scan reads; answers are float32-exact for each"
     )
+    residence: Literal["auto", "host", "device"] = setting(
+        "auto",
+        "where a run on CUDA searches: device (its memory; exact, backend mips), host, or auto: device if it fits",
+    )
     faiss_factory: str = setting("HNSW32", "faiss.index_factory string, for backend faiss")
 
 

@@ -6,13 +6,14 @@
 Rows are stored one after the other, as the scan's cp.async wants them. bfloat16 and int8 keep the float32
 rows beside the codes: the scan reads the codes, and every row that could be among the k best is scored again
 in float32 (docs/ops/mips_topk.md derives the certificate). `MipsIndex` is the index that grows, shrinks and
-is saved; this is the one that a training step on a GPU searches.
+is saved; this is the one that a training step on a GPU searches (realm_fast/residence.py says when).
 """
 
 import torch
 from torch import Tensor
 
 from realm_fast import _native
+from realm_fast.device import to_device
 from realm_fast.index import MipsIndex, Provenance
 from realm_fast.ops._checks import check_choice, check_int, check_tensor
 from realm_fast.ops._dispatch import choose_impl
@@ -20,39 +21,43 @@ from realm_fast.ops.mips_topk import (
     FLOAT_DTYPES,
     ID_DTYPES,
     check_exclude_ids,
-    cuda_reason,
     mips_topk,
     run_cuda,
+    topk_cuda_reason,
 )
 from realm_fast.panels import MAX_INT8_DIM
 from realm_fast.types import NO_BLOCK, TopK
 
 DTYPES = ("float32", "bfloat16", "int8")
 _ROW_BYTES = 16  # rows start at multiples of it, so that cp.async and 128-bit loads may be used
-_STORE_ROWS = 1 << 18  # rows quantised at a time
+_STORE_BYTES = 64 << 20  # of float32 rows, copied and quantised at a time
+# What using an index takes beside it: the temporaries of a part while it is quantised (up to seven times the
+# part), or a search's workspace (docs/adr/0005), which is less.
+WORKING_BYTES = 8 * _STORE_BYTES
 _LEVELS = 127
+_CODE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 class DeviceIndex:
     """Exact top-k inner-product search over embeddings in device memory."""
 
     def __init__(self, dtype: str, dim: int, num_rows: int, device: torch.device) -> None:
-        """`num_rows` rows of zeros; use `from_embeddings`, or `store` into it as a refresh does."""
+        """`num_rows` rows of zeros; use `from_embeddings`, or `store` into it, then `seal`."""
         check_choice("dtype", dtype, DTYPES)
+        check_int("dim", dim, minimum=1)
         if dtype == "int8" and dim > MAX_INT8_DIM:
             raise ValueError(f"dim: expected at most {MAX_INT8_DIM} for int8, got {dim}")
-        self.dtype, self.dim, self.device = dtype, dim, torch.device(device)
+        self.dtype, self.dim = dtype, dim
         self.provenance: Provenance | None = None
         self.ids: Tensor | None = None  # [N] int64 ascending; None: a row's id is its number
-        code_type = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[dtype]
-        per_row = _ROW_BYTES // code_type.itemsize
-        stride = -(-max(dim, 1) // per_row) * per_row
-        self.codes = torch.zeros(num_rows, stride, dtype=code_type, device=device)[:, :dim]
+        self.held: object = None  # lives as long as the index: what it was copied from
+        code_type = _CODE_TYPES[dtype]
+        self.codes = torch.zeros(num_rows, _stride(dim, code_type), dtype=code_type, device=device)[:, :dim]
+        self.device = self.codes.device  # "cuda" has become "cuda:0"
         self.originals = self.codes  # [N, D] float32
         self.certified = dtype != "float32"
         if self.certified:
-            stride = -(-max(dim, 1) // 4) * 4
-            self.originals = torch.zeros(num_rows, stride, device=device)[:, :dim]
+            self.originals = torch.zeros(num_rows, _stride(dim, torch.float32), device=device)[:, :dim]
         side_rows = num_rows if self.certified else 0
         self.residual = torch.zeros(side_rows, device=device)  # [N] |x - x~|, rounded up
         self.norm = torch.zeros(side_rows, device=device)  # [N] |x|, rounded up
@@ -90,8 +95,9 @@ class DeviceIndex:
                 raise ValueError("ids: expected distinct ids >= 0 in ascending order")
             index.ids = ids.clone()
         index.provenance = provenance
-        for begin in range(0, len(emb), _STORE_ROWS):
-            index.store(begin, emb[begin : begin + _STORE_ROWS])
+        rows = _store_rows(index.dim)
+        for begin in range(0, len(emb), rows):
+            index.store(begin, emb[begin : begin + rows])
         index.seal()
         return index
 
@@ -99,31 +105,47 @@ class DeviceIndex:
     def from_index(
         cls, index: MipsIndex, device: torch.device | str, dtype: str | None = None
     ) -> "DeviceIndex":
-        """The blocks of a `MipsIndex`, in ascending order of their ids, on a device."""
+        """The blocks of a `MipsIndex`, in ascending order of their ids, on a device.
+
+        To a GPU the rows go through pinned memory, on the current stream; returns when they are there.
+        """
         ids = index.ids
         copy = cls(index.dtype if dtype is None else dtype, index.dim, len(ids), torch.device(device))
-        for begin in range(0, len(ids), _STORE_ROWS):
-            copy.store(begin, index.reconstruct(ids[begin : begin + _STORE_ROWS]))
-        copy.ids = ids.to(copy.device)
+        rows = _store_rows(copy.dim)
+        for begin in range(0, len(ids), rows):
+            copy.store(begin, index.reconstruct(ids[begin : begin + rows]))
+        if not torch.equal(ids, torch.arange(len(ids))):
+            copy.ids = to_device(ids, copy.device)
         copy.provenance = index.provenance
         copy.seal()
         return copy
+
+    @staticmethod
+    def bytes_needed(dtype: str, dim: int, num_rows: int) -> int:
+        """Device memory that an index of this size holds; WORKING_BYTES come on top while it is used."""
+        row = (
+            _stride(dim, _CODE_TYPES[dtype]) * _CODE_TYPES[dtype].itemsize + 8
+        )  # 8: its id, unless all count up
+        if dtype != "float32":
+            row += _stride(dim, torch.float32) * 4 + 4 + 4  # the original, residual and norm
+        return num_rows * (row + (4 if dtype == "int8" else 0))  # scale
 
     def store(self, first_row: int, emb: Tensor) -> None:
         """Writes rows [first_row, first_row + n) and their codes, on the current stream; then call `seal`.
 
         Args:
-            emb: [n, D] float32, bfloat16 or float16, on any device.
+            emb: [n, D] float32, bfloat16 or float16, on any device. Pinned memory is read until the current
+                stream has come this far; any other on the host is free when this returns.
         """
         check_tensor("emb", emb, shape=["n", self.dim], dtypes=FLOAT_DTYPES)
         check_int("first_row", first_row, minimum=0, maximum=len(self) - len(emb))
         rows = slice(first_row, first_row + len(emb))
-        values = emb.detach().to(self.device, torch.float32, non_blocking=True)
+        values = to_device(emb.detach(), self.device).float()
         self.originals[rows] = values
         if not self.certified:
             return
         if self.dtype == "int8":
-            largest = values.abs().amax(1) if self.dim else values.new_zeros(len(values))
+            largest = values.abs().amax(1)
             scale = torch.where(largest > 0, largest / _LEVELS, 1)
             codes = (values / scale[:, None]).round().clamp(-_LEVELS, _LEVELS)
             self.scale[rows] = scale
@@ -138,7 +160,7 @@ class DeviceIndex:
         self.norm[rows] = torch.linalg.vector_norm(values, dim=1) * slack
 
     def seal(self) -> None:
-        """Takes the certificate's bounds over all rows. Waits for the device.
+        """Takes the certificate's bounds over all rows. Waits for the device where there are codes.
 
         Raises:
             ValueError: a row is not finite, or too large for the codes.
@@ -159,37 +181,42 @@ class DeviceIndex:
         """The k blocks with the largest inner product with each query.
 
         Args:
-            queries: [B, D] float32, bfloat16 or float16, on the index's device.
+            queries: [B, D] float32, bfloat16 or float16. From another device they are copied to the index's,
+                and the answer back; on the index's own, nothing waits for the device.
             k: how many, 0 .. 2048.
-            exclude_ids: [B] or [B, E] int64 or int32; per query the ids that may not be returned (-1: none).
+            exclude_ids: [B] or [B, E] int64 or int32, beside the queries; per query the ids that may not be
+                returned (-1: none).
             exact: True: the float32 answer. False is not offered: the certificate costs too little here.
 
         Returns:
-            TopK(scores [B, k] float32, ids [B, k] int64), by descending score, ties to the lower id; -inf
-            and -1 where fewer than k blocks remain.
+            TopK(scores [B, k] float32, ids [B, k] int64) where the queries are, by descending score, ties to
+            the lower id; -inf and -1 where fewer than k blocks remain.
 
         Raises:
-            TypeError, ValueError: an argument has a wrong type, shape, dtype, device or range, or this build
-                or this device cannot run the kernels.
+            TypeError, ValueError: an argument has a wrong type, shape, dtype or range, exclude_ids are not
+                beside the queries, or this build or this device cannot run the kernels.
+            torch.OutOfMemoryError: no memory for the workspace; the index stays as it is.
         """
-        check_tensor("queries", queries, shape=["B", self.dim], dtypes=FLOAT_DTYPES, device=self.codes.device)
+        check_tensor("queries", queries, shape=["B", self.dim], dtypes=FLOAT_DTYPES)
         check_int("k", k, minimum=0)
         if not exact:
             raise ValueError("exact: a DeviceIndex always gives the float32 answer, expected True, got False")
         if exclude_ids is not None:
-            exclude_ids = check_exclude_ids(exclude_ids, queries)
+            exclude_ids = to_device(check_exclude_ids(exclude_ids, queries), self.device)
             if self.ids is not None:
                 exclude_ids = _rows_of(exclude_ids, self.ids)
-        values = queries.detach().float().contiguous()
+        values = to_device(queries.detach(), self.device).float().contiguous()
         if not self.certified:
             impl = "cuda" if self.codes.is_cuda else "auto"
-            scores, rows = mips_topk(values, self.codes, k, exclude_ids=exclude_ids, impl=impl)
+            scores, ids = mips_topk(values, self.codes, k, exclude_ids=exclude_ids, impl=impl)
         else:
-            choose_impl("DeviceIndex.search", "cuda", {"cuda": lambda: cuda_reason(queries, k)})
-            scores, rows = run_cuda(self._call(values, k), values, k, exclude_ids)
-        if self.ids is None or len(self.ids) == 0:
-            return TopK(scores, rows)
-        return TopK(scores, torch.where(rows >= 0, self.ids[rows.clamp(min=0)], NO_BLOCK))
+            choose_impl("DeviceIndex.search", "cuda", {"cuda": lambda: topk_cuda_reason(values, k)})
+            scores, ids = run_cuda(self._call(values, k), values, k, exclude_ids)
+        if self.ids is not None and len(self.ids):
+            ids = torch.where(ids >= 0, self.ids[ids.clamp(min=0)], NO_BLOCK)
+        if queries.device == self.device:
+            return TopK(scores, ids)
+        return TopK(scores.to(queries.device), ids.to(queries.device))
 
     def _call(self, queries: Tensor, k: int):
         call = _native.MipsTopkCuda(
@@ -214,28 +241,41 @@ class DeviceIndex:
         return call
 
     def reconstruct(self, ids: Tensor) -> Tensor:
-        """[n, D] float32, on the index's device.
+        """[n, D] float32, on the index's device. Waits for it only if `ids` are there or looked up there.
 
         Raises:
             ValueError: an id is not in the index.
         """
-        wanted = check_tensor("ids", ids, shape=["n"], dtypes=ID_DTYPES).to(self.device).long()
-        rows = wanted if self.ids is None else _rows_of(wanted, self.ids)
+        wanted = check_tensor("ids", ids, shape=["n"], dtypes=ID_DTYPES).long()
+        rows = wanted if self.ids is None else _rows_of(to_device(wanted, self.device), self.ids)
         missing = (rows < 0) | (rows >= len(self))
         if bool(missing.any()):
-            raise ValueError(f"ids: {int(wanted[missing][0])} is not in the index")
-        return self.originals[rows]
+            raise ValueError(f"ids: {int(wanted[missing.to(wanted.device)][0])} is not in the index")
+        return self.originals[to_device(rows, self.device)]
 
     def __len__(self) -> int:
         return len(self.codes)
 
+    def tensors(self) -> list[Tensor]:
+        """Everything the index holds, each memory once."""
+        held = [self.codes, self.residual, self.norm, self.bounds, self.scale]
+        held += [self.originals] if self.certified else []
+        return held if self.ids is None else [*held, self.ids]
+
     @property
     def nbytes(self) -> int:
         """Device memory held."""
-        tensors = [self.codes, self.residual, self.norm, self.bounds, self.scale]
-        tensors += [self.originals] if self.certified else []
-        tensors += [] if self.ids is None else [self.ids]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+
+def _stride(dim: int, dtype: torch.dtype) -> int:
+    """Elements from one row to the next."""
+    per_row = _ROW_BYTES // dtype.itemsize
+    return -(-dim // per_row) * per_row
+
+
+def _store_rows(dim: int) -> int:
+    return max(_STORE_BYTES // (4 * dim), 1)
 
 
 def _rows_of(ids: Tensor, known: Tensor) -> Tensor:

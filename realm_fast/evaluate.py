@@ -49,6 +49,7 @@ from realm_fast.reading import (
     read_blocks,
     retrieve,
 )
+from realm_fast.residence import Residence
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import open_snapshot
 from realm_fast.token_store import TokenStore
@@ -135,6 +136,9 @@ def evaluate(
     with run.lock("evaluation"), run.stage("evaluate") as details:
         model = load_qa_model(run, config, checkpoint, progress=progress)
         device = resolve_device(config.device)
+        beam = max(*cutoffs, config.evaluate.reader_beam)
+        residence = Residence(config.index.residence, device, copies=1, most_blocks=beam)
+        model = dataclasses.replace(model, index=residence.place(model.index))
         model.embedder.to(device)
         if model.span_reader is not None:
             model.span_reader.to(device)

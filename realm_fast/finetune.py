@@ -61,6 +61,7 @@ from realm_fast.reading import (
     read_blocks,
     retrieve,
 )
+from realm_fast.residence import Residence
 from realm_fast.run_folder import RunFolder
 from realm_fast.signals import stop_on_signal
 from realm_fast.snapshot import open_snapshot
@@ -241,14 +242,17 @@ class Trainer:
             )
             snapshot, started_from = path.relative_to(run.path).as_posix(), start.name
         expect = Provenance(embedder.hash(), store.corpus_hash, step=0)
-        index = open_snapshot(run.path / snapshot, expect=expect).index
+        device = resolve_device(config.device)
+        beam = max(config.finetune.retriever_beam, config.finetune.reader_beam)
+        residence = Residence(config.index.residence, device, copies=1, most_blocks=beam)
+        index = residence.place(open_snapshot(run.path / snapshot, expect=expect).index)
         if config.finetune.retriever_beam > len(index):
             log.info("the corpus has %d blocks: every beam is all of them", len(index))
         if checkpoint is not None:
             selection = read_selection(run.finetune_dir / SELECTION_FILE, identity)
         else:
             selection = select_questions(
-                embedder.to(resolve_device(config.device)),
+                embedder.to(device),
                 index,
                 store,
                 questions,

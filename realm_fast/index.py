@@ -831,8 +831,8 @@ class FaissIndex:
             extra = exclude_ids.shape[1]
         wanted = min(k + extra, len(self))
         if wanted == 0 or num_queries == 0:
-            scores = torch.full((num_queries, k), -torch.inf)
-            return TopK(scores, torch.full((num_queries, k), NO_BLOCK))
+            scores = torch.full((num_queries, k), -torch.inf, device=queries.device)
+            return TopK(scores, torch.full_like(scores, NO_BLOCK, dtype=torch.int64))
         found = self._faiss.search(queries.detach().float().cpu().contiguous().numpy(), wanted)
         scores, ids = torch.from_numpy(found[0]), torch.from_numpy(found[1])
         dropped = ids < 0

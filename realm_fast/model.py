@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from realm_fast.device import to_device
 from realm_fast.embedder import Embedder
 from realm_fast.errors import ConfigError, ProvenanceError
 from realm_fast.index import Index
@@ -139,10 +140,12 @@ class RealmModel(nn.Module):
             with_accuracy: also find the best token of every marginal, which costs a third of the loss again.
         """
         scores, embedded_blocks = self.fresh_scores(store, queries, candidates)  # [B, K]
-        labels = self._labels(queries, candidates).to(scores.device)  # [B, M]
+        host_labels = self._labels(queries, candidates)
+        host_mask = host_labels != IGNORE_INDEX  # counted here: asking the device for it would wait for it
+        labels = to_device(host_labels, scores.device)  # [B, M]
         hidden, waste = self.reader_hidden(store, queries, candidates, labels.shape[1])  # [B, K, M, H]
         # A query without a single candidate has no probability to speak of: its labels are all ignored.
-        empty = ~candidates.present.any(dim=1, keepdim=True).to(scores.device)
+        empty = to_device(~candidates.present.any(dim=1, keepdim=True), scores.device)
         scores = torch.where(empty, torch.zeros_like(scores), scores)
         weight, bias = self.reader.vocab_weight, self.reader.vocab_bias
         loss, marginal = linear_marginal_cross_entropy(
@@ -163,8 +166,8 @@ class RealmModel(nn.Module):
         has_null = bool(candidates.is_null[:, 0].all()) and candidates.num_queries > 0
         mask = labels != IGNORE_INDEX
         stats = StepStats(
-            masked_positions=int(mask.sum()),
-            queries=int(mask.any(dim=1).sum()),
+            masked_positions=int(host_mask.sum()),
+            queries=int(host_mask.any(dim=1).sum()),
             null_probability=marginal.candidate_log_prob[:, 0].exp().mean() if has_null else None,
             retrieval_utility=marginal.retrieval_utility if has_null else None,
             marginal_log_likelihood=_counted_mean(marginal.marginal, mask, self.level),
@@ -195,8 +198,9 @@ class RealmModel(nn.Module):
             scores = query_emb.new_full(candidates.block_ids.shape, -torch.inf)  # [B, K]
             if rows:
                 block_emb, _ = self._embed(self.embedder.block_emb, rows)  # [unique, D]
-                slot = candidates.present.nonzero().to(query_emb.device)  # [slots, 2]
-                slot_scores = (query_emb[slot[:, 0]] * block_emb[slot_row.to(block_emb.device)]).sum(dim=1)
+                slot = to_device(candidates.present.nonzero(), query_emb.device)  # [slots, 2]
+                rows_of_slots = block_emb[to_device(slot_row, block_emb.device)]
+                slot_scores = (query_emb[slot[:, 0]] * rows_of_slots).sum(dim=1)
                 scores = scores.index_put((slot[:, 0], slot[:, 1]), slot_scores / self.temperature)
         return scores, len(rows)
 
@@ -220,7 +224,7 @@ class RealmModel(nn.Module):
         )  # [B, M]; [CLS] where there is none
         for b, query in enumerate(queries):
             positions[b, : len(query.positions)] = torch.from_numpy(query.positions.astype(np.int64)) + 1
-        row_positions = positions[slot[:, 0]].to(self.reader.device)  # [slots, M]
+        row_positions = to_device(positions[slot[:, 0]], self.reader.device)  # [slots, M]
         num_queries, num_candidates = candidates.block_ids.shape
         if not rows:
             shape = (num_queries, num_candidates, num_masks, self.reader.hidden_size)
@@ -230,11 +234,11 @@ class RealmModel(nn.Module):
             row_multiple(self.reader.device),
             self.reader.pad,
             lambda batch, index: self.reader.masked_hidden(
-                batch, row_positions[index.to(row_positions.device)]
+                batch, row_positions[to_device(index, row_positions.device)]
             ),
         )  # [slots, M, H]
         hidden = states.new_zeros(num_queries, num_candidates, *states.shape[1:])
-        slot = slot.to(states.device)
+        slot = to_device(slot, states.device)
         return hidden.index_put((slot[:, 0], slot[:, 1]), states), waste
 
     def _query_rows(self, queries: "Sequence[MaskedQuery]") -> list[Row]:
@@ -343,7 +347,7 @@ def _by_length(
         computed += batch.ids.numel()
     if len(results) == 1:  # one group keeps the rows' order
         return results[0], 1.0 - float(lengths.sum()) / max(computed, 1)
-    back = torch.argsort(torch.cat(order)).to(results[0].device)
+    back = to_device(torch.argsort(torch.cat(order)), results[0].device)
     return torch.cat(results)[back], 1.0 - float(lengths.sum()) / max(computed, 1)
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from realm_fast.device import to_device
 from realm_fast.errors import DataError
 
 # What one more call of a trunk costs, in tokens of padding it must save: launches and, in the backward
@@ -79,7 +80,7 @@ class TokenBatch(NamedTuple):
     attention_mask: torch.Tensor  # [R, T] bool
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        return TokenBatch(*(part.to(device, non_blocking=True) for part in self))
+        return TokenBatch(*(to_device(part, device) for part in self))
 
     def rows(self, index: torch.Tensor | slice) -> "TokenBatch":
         """The chosen rows, as wide as before."""

@@ -19,6 +19,7 @@ import torch
 
 from realm_fast.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
 from realm_fast.config import Config
+from realm_fast.device import resolve_device
 from realm_fast.embedder import Embedder
 from realm_fast.errors import DataError, ProvenanceError, RealmFastError
 from realm_fast.files import atomic_dir, link_or_copy
@@ -179,7 +180,13 @@ def load_qa_model(
     if found is not None and stage == "finetune":
         return _finetuned(run, found, embedder, store, name)
     path = index_of(
-        run, embedder, store, config, out=run.evaluate_dir / "snapshots", step=step, progress=progress
+        run,
+        embedder.to(resolve_device(config.device)),
+        store,
+        config,
+        out=run.evaluate_dir / "snapshots",
+        step=step,
+        progress=progress,
     )
     index = open_snapshot(path, expect=Provenance(embedder.hash(), store.corpus_hash, step)).index
     notes = [f"{name}: not fine-tuned, so it retrieves blocks but reads no answers out of them."]

@@ -575,7 +575,7 @@ def mark_reachable(
         if len(question_emb) != len(questions):
             raise ValueError(f"dense: expected {len(questions)} question embeddings, got {len(question_emb)}")
         found = index.search(question_emb, min(top_k, len(index)))
-        ids = np.concatenate([ids, np.asarray(found.ids, dtype=np.int64)], axis=1)
+        ids = np.concatenate([ids, found.ids.cpu().numpy()], axis=1)
     marked = Questions(notes=getattr(questions, "notes", ()))
     with progress_bars.bar(
         total=len(questions), desc="mark reachable", unit="question", enabled=progress

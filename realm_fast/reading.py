@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from realm_fast.config import Config
+from realm_fast.device import to_device, to_host
 from realm_fast.embedder import Embedder
 from realm_fast.index import Index
 from realm_fast.packing import bucket_by_length, query_input
@@ -125,16 +126,15 @@ def retrieve(index: Index, query_emb: torch.Tensor, k: int, *, temperature: floa
         query_emb: [B, D]. Where it requires grad, so do the scores: they are recomputed as the inner products
             of the query embedding with the block embeddings the index was built from, which stay constant.
     """
-    found = index.search(query_emb.detach().float().cpu(), min(k, len(index)))
+    found = index.search(query_emb.detach().float(), min(k, len(index)))
     present = found.ids != NO_BLOCK  # [B, K]
+    (ids,) = to_host(found.ids)  # waits for the device: what comes next looks into the blocks' tokens
     if not query_emb.requires_grad:
-        scores = found.scores.masked_fill(~present, -torch.inf) / temperature
-        return Beam(found.ids.numpy(), scores.to(query_emb.device))
-    unique, place = torch.unique(found.ids.clamp(min=0), return_inverse=True)
-    blocks = index.reconstruct(unique).to(query_emb.device)  # [n, D]
-    products = torch.einsum("bd,bkd->bk", query_emb.float(), blocks[place.to(blocks.device)])
-    scores = products.masked_fill(~present.to(products.device), -torch.inf) / temperature
-    return Beam(found.ids.numpy(), scores)
+        return Beam(ids.numpy(), found.scores.masked_fill(~present, -torch.inf) / temperature)
+    unique, place = torch.unique(ids.clamp(min=0), return_inverse=True)
+    blocks = to_device(index.reconstruct(unique), query_emb.device)  # [n, D]
+    products = torch.einsum("bd,bkd->bk", query_emb.float(), blocks[to_device(place, blocks.device)])
+    return Beam(ids.numpy(), products.masked_fill(~present, -torch.inf) / temperature)
 
 
 class AnswerTable:

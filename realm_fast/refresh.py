@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from realm_fast.config import IndexConfig, RefreshConfig
 from realm_fast.embedder import Embedder
@@ -40,6 +40,7 @@ from realm_fast.ownership import Sighting, TakenError, own
 from realm_fast.snapshot import IndexSnapshot, Published, open_snapshot
 from realm_fast.snapshot_watch import SnapshotWatch
 from realm_fast.snapshot_writer import write_snapshot
+from realm_fast.streams import SideStream, side_stream
 from realm_fast.token_store import TokenStore
 
 RESTART_BACK_OFF_S = 0.5  # doubled after each restart in a row
@@ -225,11 +226,11 @@ class LiveRefresher(NoRefresher):
 
 
 class ThreadRefresher(LiveRefresher):
-    """Embeds in a thread, from a copy of the weights."""
+    """Embeds in a thread, from a copy of the weights; on a GPU, on a stream that yields to the trainer's."""
 
     def __init__(self, task: RefreshTask) -> None:
         self._condition = threading.Condition()
-        self._next: tuple[int, Embedder, Sequence[int] | None] | None = None
+        self._next: tuple[int, Embedder, Sequence[int] | None, SideStream, Any] | None = None
         self._closed = False
         super().__init__(task)
         self._thread = threading.Thread(target=self._loop, name="realm_fast refresher", daemon=True)
@@ -245,9 +246,10 @@ class ThreadRefresher(LiveRefresher):
     def _hand_over(
         self, step: int, encoder_hash: str, embedder: Embedder, shard_order: Sequence[int] | None
     ) -> None:
-        weights = copy.deepcopy(embedder)
+        weights, side = copy.deepcopy(embedder), side_stream(embedder.device)
         with self._condition:
-            self._next = (step, weights, shard_order)
+            mark = side.mark()  # the copy was queued before it
+            self._next = (step, weights, shard_order, side, mark)
             self._condition.notify()
 
     def _loop(self) -> None:
@@ -257,9 +259,9 @@ class ThreadRefresher(LiveRefresher):
                 if self._closed:
                     return
                 assert self._next is not None
-                (step, embedder, shard_order), self._next = self._next, None
+                (step, embedder, shard_order, side, mark), self._next = self._next, None
             try:
-                with own(self._task.folder, TRAINER, wait_s=OWNER_PATIENCE_S):
+                with own(self._task.folder, TRAINER, wait_s=OWNER_PATIENCE_S), side.after(mark):
                     self._task.write(
                         step, embedder, shard_order=shard_order, should_stop=lambda: self._closed
                     )
@@ -267,6 +269,8 @@ class ThreadRefresher(LiveRefresher):
                 return
             except Exception as error:  # a failed refresh costs staleness, never the run
                 self._failed(step, error)
+            finally:
+                side.finish()  # nothing reads the weights any more when they are let go
 
 
 class FollowedRefresher(LiveRefresher):

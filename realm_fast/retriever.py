@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from realm_fast.device import to_device, to_host
 from realm_fast.errors import ProvenanceError
 from realm_fast.index import Index
 from realm_fast.ops._checks import check_int, check_tensor
@@ -102,13 +103,14 @@ def retrieve_candidates(
     runner_up_ids = np.full((num_queries, retrieve - min(wanted, retrieve)), NO_BLOCK, dtype=np.int64)
     pending = np.arange(num_queries) if wanted and limit else np.zeros(0, np.int64)
     while pending.size:
-        rows = torch.from_numpy(pending).to(query_emb.device)
+        rows = to_device(torch.from_numpy(pending), query_emb.device)
         found = index.search(
             query_emb.detach()[rows],
             retrieve,
-            exclude_ids=torch.from_numpy(origins[pending]).to(query_emb.device),
+            exclude_ids=to_device(torch.from_numpy(origins[pending]), query_emb.device),
         )
-        scores, ids = found.scores.cpu().numpy(), found.ids.cpu().numpy()  # [b, retrieve]
+        # The one wait of a round for the device: tokens, which decide what is left out, are on the host.
+        scores, ids = (part.numpy() for part in to_host(found.scores, found.ids))  # [b, retrieve]
         short = []
         for row, query in enumerate(pending.tolist()):
             there = ids[row] != NO_BLOCK

@@ -12,7 +12,7 @@ that was killed and resumed takes the same steps (bit for bit where the refresh 
 import logging
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -28,10 +28,11 @@ from realm_fast.checkpoint import (
     save_checkpoint,
 )
 from realm_fast.config import Config
-from realm_fast.device import resolve_device
+from realm_fast.device import HostCopy, resolve_device
 from realm_fast.drift import Drift, DriftProbe, QueryCorrection
 from realm_fast.embedder import Embedder
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, UserError
+from realm_fast.evaluate import parse_cutoffs
 from realm_fast.masking import MaskedQuery, Masker, prepare_spans
 from realm_fast.metrics import MetricsLog
 from realm_fast.model import RealmModel, realm_step
@@ -47,6 +48,8 @@ from realm_fast.probe import Probe
 from realm_fast.progress import bar
 from realm_fast.reader import Reader
 from realm_fast.refresh import RefreshTask, make_refresher
+from realm_fast.residence import Residence
+from realm_fast.retriever import MAX_RETRIEVED_BLOCKS
 from realm_fast.run_folder import RunFolder
 from realm_fast.schedule import Reason, RefreshSchedule, ShardTally
 from realm_fast.signals import StopRequest, stop_on_signal
@@ -58,8 +61,10 @@ from realm_fast.snapshot import (
     retire_snapshot,
     trained_snapshot,
 )
+from realm_fast.streams import training_stream
 
 WAIT_POLL_S = 0.02
+SHOWN = ("retrieval_utility", "masked_accuracy", "null_probability")  # of StepStats, beside the loss
 log = logging.getLogger(__name__)
 
 
@@ -157,6 +162,7 @@ class Pretrainer:
         self.drift: Drift | None = None  # measured since the last line of metrics
         self.checked_s = 0.0  # spent on measuring drift
         self.correction: QueryCorrection | None = None  # of the snapshot in use, if refresh.correct_queries
+        self.ahead: tuple[int, list[list[MaskedQuery]], Counter[str]] | None = None  # the next step's queries
         if checkpoint is not None:
             checkpoint.load_optimizer(self.optimizer)
             self.step = checkpoint.step
@@ -174,10 +180,18 @@ class Pretrainer:
         for published in published_snapshots(self.snapshots):
             if published.step > self.step:  # of a future that was not reached again yet
                 retire_snapshot(published.path, even_if_open=True)
-        self.refresher = make_refresher(
-            RefreshTask(self.snapshots, self.store, config.index, config.refresh), work_dir=run.handover_dir
+        # Two copies: one is searched while the next arrives, be it from a refresh or at the end.
+        self.residence = Residence(
+            config.index.residence,
+            self.device,
+            copies=2,
+            most_blocks=max(MAX_RETRIEVED_BLOCKS, *parse_cutoffs(config.evaluate.recall_at)),
         )
-        self.snapshot = self._first_snapshot(checkpoint)
+        task = RefreshTask(self.snapshots, self.store, config.index, config.refresh)
+        self.refresher = self.residence.beside(
+            make_refresher(task, work_dir=run.handover_dir), waits=config.refresh.mode == "inline"
+        )
+        self.snapshot = self._placed(self._first_snapshot(checkpoint))
         if checkpoint is None:
             self._note_snapshot()
         elif config.refresh.correct_queries and self.snapshot.path.name == checkpoint.state["snapshot"]:
@@ -213,11 +227,13 @@ class Pretrainer:
         first = self.step
         self.model.train()
         with (
+            training_stream(self.device),
             self.run.stage("pretrain") as details,
             bar(
                 total=settings.steps, initial=first, desc="pretrain", unit="step", enabled=self.progress
             ) as shown,
         ):
+            self.snapshot = self._placed(self.snapshot)  # this stream searches it from here on
             for step in range(first + 1, settings.steps + 1):
                 begin = time.monotonic()
                 waited_s = self._wait_while_too_stale(step)
@@ -267,15 +283,13 @@ class Pretrainer:
     def _forward_backward(self, step: int, *, with_accuracy: bool) -> dict[str, float]:
         """Accumulates the gradient of the mean loss over the step's queries; returns what it showed.
 
-        The best word of every marginal (with_accuracy) costs a third of the loss again.
+        The best word of every marginal (with_accuracy) costs a third of the loss again. What was shown is
+        read after all of the step was queued, so that a GPU need not wait for the host in between.
         """
         settings = self.config.pretrain
-        batches = [
-            [self.masker.query(step, slot) for slot in range(start, start + settings.batch_queries)]
-            for start in range(0, self.queries_per_step, settings.batch_queries)
-        ]
+        batches = self._take_batches(step)
         weights = [self._weight(queries) for queries in batches]
-        means: Counter[str] = Counter()
+        shown: list[tuple[float, dict[str, HostCopy]]] = []
         for queries, weight in zip(batches, weights, strict=True):
             share = weight / max(sum(weights), 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
@@ -291,12 +305,37 @@ class Pretrainer:
                     correction=self.correction,
                 )
             self.tally.add(step, candidates.block_ids.cpu().numpy(), candidates.runner_up_ids.cpu().numpy())
-            means["loss"] += check_loss(output.loss, step, self.optimizer) * share
             (output.loss * share).backward()
-            for name in ("retrieval_utility", "masked_accuracy", "null_probability"):
-                value = getattr(output.stats, name)
-                means[name] += 0.0 if value is None else float(value) * share
-        return dict(means)
+            values = {"loss": output.loss, **{name: getattr(output.stats, name) for name in SHOWN}}
+            shown.append((share, {name: HostCopy(v) for name, v in values.items() if v is not None}))
+        if step < settings.steps:
+            self.ahead = (step + 1, *self._draw_batches(step + 1))  # while the device is at this step
+        means = dict.fromkeys(("loss", *SHOWN), 0.0)
+        for share, copies in shown:
+            check_loss(copies["loss"].wait(), step, self.optimizer)
+            for name, copy in copies.items():
+                means[name] += float(copy.wait()) * share
+        return means
+
+    def _take_batches(self, step: int) -> list[list[MaskedQuery]]:
+        """The micro-batches of a step. Repeated draws are counted now, not when they were made."""
+        number, batches, skipped = self.ahead or (0, [], Counter())
+        if number != step:
+            batches, skipped = self._draw_batches(step)
+        self.ahead = None
+        self.masker.skipped.update(skipped)
+        return batches
+
+    def _draw_batches(self, step: int) -> tuple[list[list[MaskedQuery]], Counter[str]]:
+        """Micro-batches, and the draws that were skipped on the way."""
+        size = self.config.pretrain.batch_queries
+        counted, self.masker.skipped = self.masker.skipped, Counter()
+        batches = [
+            [self.masker.query(step, slot) for slot in range(start, start + size)]
+            for start in range(0, self.queries_per_step, size)
+        ]
+        skipped, self.masker.skipped = self.masker.skipped, counted
+        return batches, skipped
 
     def _weight(self, queries: list[MaskedQuery]) -> int:
         """What the loss is a mean over: masked positions, or queries at sequence level."""
@@ -348,6 +387,10 @@ class Pretrainer:
                 "blocks_per_s": snapshot.manifest.blocks_per_s,
             }
         return snapshot
+
+    def _placed(self, snapshot: IndexSnapshot) -> IndexSnapshot:
+        """`snapshot`, with its index where this run searches."""
+        return replace(snapshot, index=self.residence.place(snapshot.index))
 
     def _refresh_if_due(self) -> None:
         """Measures drift where that is due, and hands the weights over where the schedule says so."""
@@ -422,7 +465,8 @@ class Pretrainer:
         if self.step == self.config.pretrain.steps:  # what comes next searches an index of the final weights
             if self.config.refresh.mode != "follow":
                 self.refresher.close()  # whatever it is at would be older
-            self.snapshot = self.refresher.make_now(self.step, self.model.embedder, progress=self.progress)
+            made = self.refresher.make_now(self.step, self.model.embedder, progress=self.progress)
+            self.snapshot = self._placed(made)
         modules: dict[str, SavesItself] = {"embedder": self.model.embedder, "reader": self.model.reader}
         if self.config.refresh.correct_queries:
             modules["correction"] = self.correction or QueryCorrection.none(self.model.embedder.dim)

@@ -15,7 +15,7 @@ STEMS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() 
 # Stages in the order of the data's way; a module may import from its own line or the lines above it.
 LAYERS = [
     ["errors", "types"],
-    ["files", "ownership", "build", "device", "signals", "progress", "workers", "building"],
+    ["files", "ownership", "build", "device", "streams", "signals", "progress", "workers", "building"],
     ["config", "metrics", "qa_metrics", "ops"],
     ["packaged", "tokenizer", "sentences", "sources", "token_store"],
     ["corpus", "masking", "questions", "packing"],
@@ -27,7 +27,7 @@ LAYERS = [
     ["snapshot", "model", "run_folder"],
     ["snapshot_writer", "snapshot_watch", "handover"],
     ["refresh", "explain", "qa_model"],
-    ["refresher"],
+    ["refresher", "residence"],
     ["evaluate"],
     ["probe"],
     ["train", "finetune", "answer"],

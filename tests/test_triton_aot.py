@@ -1,6 +1,6 @@
 """The Triton kernel compiled ahead of time for GPUs that are not here, and what the compiler made of it.
 
-Proved: it compiles for sm_80, sm_90, sm_100 and gfx942; nothing spills and nothing lives in local memory;
+Proved: it compiles for sm_80, sm_90, sm_100, sm_120 and gfx942; nothing spills and nothing lives in local memory;
 where the projection is fused the matrix units do it; token states come in 128-bit loads; the cast to bfloat16
 rounds to nearest. Not proved here: that the hardware computes the right values (tests marked gpu do that).
 """
@@ -197,6 +197,16 @@ def test_compiles_to_what_was_planned(name, target, tmp_path):
     if case.out == torch.bfloat16 and gpu.backend == "cuda":
         assert re.search(r"cvt\.rn\.bf16x?2?\.f32", compiled.asm["ptx"])
     assert "div.full" not in compiled.asm.get("ptx", "")  # the approximate division
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.project])
+def test_sm_120_takes_the_choice_of_sm_100_and_its_smaller_shared_memory_holds_it(name, tmp_path):
+    gpu = GPUTarget("cuda", 120, 32)
+    assert kernels.target_of(gpu.backend, 12) == "sm_100"
+    found = resources(compile_case(CASES[name], gpu), gpu, tmp_path)
+    assert found.spills == 0, found
+    assert found.shared_bytes <= 99 * 1024
+    assert any(op.startswith("HMMA.16816.F32.BF16") for op in found.matrix)
 
 
 def test_the_check_for_spills_can_fail(tmp_path):

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from realm_fast import build_info
-
-MINIMUM_CAPABILITY = (8, 0)
+from realm_fast.ops._cuda import device_reasons
 
 
 def missing() -> list[str]:
@@ -30,13 +29,8 @@ def missing() -> list[str]:
             reasons.append("torch.cuda.is_available() is False: no GPU is visible (see CUDA_VISIBLE_DEVICES)")
         except Exception as error:  # torch names the cause: no driver, a driver too old, no device
             reasons.append(f"CUDA cannot start: {str(error).splitlines()[0]}")
-    else:
-        capability = torch.cuda.get_device_capability()
-        if capability < MINIMUM_CAPABILITY:
-            reasons.append(
-                f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
-                f"the kernels need {MINIMUM_CAPABILITY[0]}.{MINIMUM_CAPABILITY[1]}"
-            )
+    elif not reasons:
+        reasons += device_reasons(torch.device("cuda", torch.cuda.current_device()))
     return reasons
 
 

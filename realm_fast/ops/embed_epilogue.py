@@ -29,6 +29,7 @@ from torch import Tensor
 
 from realm_fast import _native
 from realm_fast.ops._checks import check_choice, check_tensor
+from realm_fast.ops._cuda import capability_reason
 from realm_fast.ops._dispatch import choose_impl
 
 POOLINGS = ("cls", "mean")
@@ -249,11 +250,7 @@ def triton_reason(hidden: Tensor, dim: int, *, projected: bool) -> str | None:
     widest = dim if projected and dim <= kernels.MAX_FUSED_DIM else max(dim, hidden.shape[-1])
     if widest > kernels.MAX_DIM:
         return f"rows are {widest} wide and it takes {kernels.MAX_DIM} at most"
-    if hidden.is_cuda and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(hidden.device)
-        if capability < (8, 0):
-            return f"it needs compute capability 8.0, {hidden.device} has {capability[0]}.{capability[1]}"
-    return None
+    return capability_reason(hidden.device) if hidden.is_cuda and torch.version.hip is None else None
 
 
 def _run(

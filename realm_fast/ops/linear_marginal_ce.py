@@ -21,6 +21,7 @@ from torch import Tensor
 
 from realm_fast import _native
 from realm_fast.ops._checks import check_choice, check_int, check_tensor, describe
+from realm_fast.ops._cuda import cuda_reason
 from realm_fast.ops._dispatch import choose_impl
 from realm_fast.ops.marginal_lse import (
     DTYPE_CODES,
@@ -28,7 +29,6 @@ from realm_fast.ops.marginal_lse import (
     LEVELS,
     Level,
     accumulation_dtype,
-    cuda_reason,
     cuda_stream,
     marginal_log_likelihood,
     no_double_backward,
@@ -178,7 +178,7 @@ def linear_marginal_cross_entropy(
     )
     mask = labels != ignore_index  # [B, M]
     if chosen == "reference":
-        _counted_rows(torch.where(mask, labels, NOT_COUNTED), weight.shape[0])
+        _check_labels(torch.where(mask, labels, NOT_COUNTED), weight.shape[0])
         gold, candidate, _ = reference_terms(hidden, weight, bias, labels, retrieval_scores, ignore_index)
     else:
         batch, candidates, positions, width = hidden.shape
@@ -276,7 +276,11 @@ def linear_gold_op(
 
     gold = logit of the label - (row_max + row_logsum), 0 in rows that do not count.
     """
-    rows = _counted_rows(labels, weight.shape[0])  # [R]
+    counted = _check_labels(labels, weight.shape[0])  # [N]
+    if fixed := fixed_shapes(labels):
+        hidden, labels, rows = _every_row(hidden, labels)
+    else:
+        rows = counted.nonzero()[:, 0]  # [R]; on CUDA the host waits to learn R
     acc = accumulation_dtype(compute)
     gold, row_max, row_logsum = (hidden.new_zeros(labels.shape[0], dtype=acc) for _ in range(3))
     kept = _huge_pages(_empty_kept(hidden, weight, compute, keep_bytes))
@@ -287,7 +291,23 @@ def linear_gold_op(
             values = _blas_forward(hidden, weight, bias, rows, labels[rows], compute, chunk_bytes, impl)
         for output, value in zip((gold, row_max, row_logsum), values, strict=True):
             output[rows] = value
+    if fixed:
+        gold.masked_fill_(~counted, 0)
     return gold, row_max, row_logsum, kept
+
+
+def fixed_shapes(labels: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: no shape may depend on values then, and the host may not wait.
+
+    Then every row is computed, also those that do not count.
+    """
+    return labels.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _every_row(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden and labels such that every row can be computed, and all row numbers."""
+    hidden = torch.where((labels >= 0)[:, None], hidden, 0)  # whatever stands in rows that do not count
+    return hidden, labels.clamp(min=0), torch.arange(len(labels), device=labels.device)
 
 
 def _empty_kept(hidden: Tensor, weight: Tensor, compute: torch.dtype, keep_bytes: int) -> Tensor:
@@ -330,7 +350,11 @@ def linear_gold_backward_op(
     """d hidden, d weight and d bias for an upstream gradient [N] of gold; empty where `needs` says no."""
     needs_hidden, needs_weight, needs_bias = needs
     counted = labels >= 0
-    rows = (counted & (grad != 0)).nonzero()[:, 0]  # a NaN gradient is not 0: it goes on
+    if fixed_shapes(labels):
+        grad = torch.where(counted, grad, 0)
+        hidden, labels, rows = _every_row(hidden, labels)
+    else:
+        rows = (counted & (grad != 0)).nonzero()[:, 0]  # a NaN gradient is not 0: it goes on
     if kept.numel():
         # Kept logits are of all rows that count: take these, unless leaving out rows saves more.
         all_rows = counted.nonzero()[:, 0]
@@ -409,14 +433,14 @@ linear_gold_op.register_autograd(_backward, setup_context=_setup_context)
 no_double_backward(linear_gold_backward_op, "linear_marginal_cross_entropy")
 
 
-def _counted_rows(labels: Tensor, vocab: int) -> Tensor:
-    """Indices of the rows that count; raises (on CUDA: asserts on the device) if a label is out of range."""
+def _check_labels(labels: Tensor, vocab: int) -> Tensor:
+    """[N] bool: the rows that count; raises (on CUDA: asserts on the device) if a label is out of range."""
     wrong = ((labels < 0) & (labels != NOT_COUNTED)) | (labels >= vocab)
     if labels.is_cuda:
         torch._assert_async(~wrong.any(), f"labels: expected values in [0, {vocab}) or ignore_index")
     elif wrong.any():
         _raise_labels(labels, wrong, vocab)
-    return (labels >= 0).nonzero()[:, 0]
+    return labels >= 0
 
 
 def _raise_labels(labels: Tensor, wrong: Tensor, vocab: int) -> NoReturn:
@@ -592,8 +616,8 @@ def _torch_dlogits(logits, labels, begin, row_max, row_logsum, grad, compute) ->
     """grad * (onehot - softmax) of a chunk, in place, in the compute dtype."""
     softmax = logits.sub_(row_max[:, None]).sub_(row_logsum[:, None]).exp_()
     local = labels - begin
-    here = ((local >= 0) & (local < logits.shape[1])).nonzero()[:, 0]
-    softmax[here, local[here]] -= 1
+    here = (local >= 0) & (local < logits.shape[1])
+    softmax.scatter_add_(1, torch.where(here, local, 0)[:, None], -here.to(softmax.dtype)[:, None])
     return softmax.mul_(-grad[:, None]).to(compute)
 
 

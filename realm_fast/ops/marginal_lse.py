@@ -21,6 +21,7 @@ from torch import Tensor
 
 from realm_fast import _native
 from realm_fast.ops._checks import check_choice, check_tensor
+from realm_fast.ops._cuda import cuda_reason
 from realm_fast.ops._dispatch import choose_impl
 
 Level = Literal["token", "sequence"]
@@ -141,15 +142,6 @@ def responsibility_reference(
     joint = (candidate_log_prob[..., None].to(gold.dtype) + gold).masked_fill(absent, -torch.inf)
     unused = torch.isneginf(joint).all(1, keepdim=True) | ~active
     return torch.softmax(joint.masked_fill(unused, 0), 1).masked_fill(unused | absent, 0)
-
-
-def cuda_reason(tensor: Tensor) -> str | None:
-    """Why the CUDA kernels cannot take this tensor, or None."""
-    if not tensor.is_cuda:
-        return f"the tensors are on {tensor.device}"
-    if not _native.build_info()["cuda"]:
-        return "this build has no CUDA kernels (no nvcc was found when it was built)"
-    return None
 
 
 def cuda_stream(tensor: Tensor) -> int:

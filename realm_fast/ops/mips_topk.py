@@ -20,6 +20,7 @@ from torch import Tensor
 
 from realm_fast import _native
 from realm_fast.ops._checks import check_int, check_tensor
+from realm_fast.ops._cuda import cuda_reason
 from realm_fast.ops._dispatch import choose_impl
 from realm_fast.types import NO_BLOCK, TopK
 
@@ -90,7 +91,7 @@ def mips_topk(
         "mips_topk",
         impl,
         {
-            "cuda": lambda: cuda_reason(queries, k),
+            "cuda": lambda: topk_cuda_reason(queries, k),
             "cpu": lambda: None if queries.is_cpu else f"the tensors are on {queries.device}",
             "reference": lambda: None,
         },
@@ -102,20 +103,12 @@ def mips_topk(
     return TopK(*mips_topk_op(queries, blocks, k, exclude_ids))
 
 
-def cuda_reason(queries: Tensor, k: int) -> str | None:
+def topk_cuda_reason(queries: Tensor, k: int) -> str | None:
     """Why the CUDA kernels cannot take this call, or None."""
-    if not queries.is_cuda:
-        return f"the tensors are on {queries.device}"
-    if not _native.build_info()["cuda"]:
-        return "this build has no CUDA kernels (no nvcc was found when it was built)"
-    capability = torch.cuda.get_device_capability(queries.device)
-    if capability < (8, 0):
-        return (
-            f"the kernels need compute capability 8.0, {queries.device} has {capability[0]}.{capability[1]}"
-        )
-    if not isinstance(k, torch.SymInt) and k > _native.MAX_CUDA_K:
+    reason = cuda_reason(queries)
+    if reason is None and not isinstance(k, torch.SymInt) and k > _native.MAX_CUDA_K:
         return f"the kernels take k <= {_native.MAX_CUDA_K}, got {k}"
-    return None
+    return reason
 
 
 def check_exclude_ids(exclude_ids: Tensor, queries: Tensor) -> Tensor:
@@ -143,8 +136,7 @@ def mips_topk_op(
     if exclude_ids is not None:
         _check_range(exclude_ids, len(blocks))
         exclude_ids = exclude_ids.long().contiguous()
-    if queries.shape[1] == 0:  # every score is 0; the kernels want at least one column
-        queries, blocks = (torch.nn.functional.pad(t, (0, 1)) for t in (queries, blocks))
+    queries, blocks = _at_least_one_column(queries, blocks)
     (num_queries, dim), num_blocks = queries.shape, blocks.shape[0]
     values = queries.float().contiguous()
     rows = blocks if blocks.stride(1) == 1 else blocks.contiguous()
@@ -170,6 +162,7 @@ def mips_topk_op(
 
 @mips_topk_op.register_kernel("cuda")
 def _(queries: Tensor, blocks: Tensor, k: int, exclude_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    queries, blocks = _at_least_one_column(queries, blocks)
     (num_queries, dim), num_blocks = queries.shape, blocks.shape[0]
     queries, blocks = dense_rows(queries), dense_rows(blocks)
     call = _native.MipsTopkCuda(
@@ -186,6 +179,13 @@ def _(queries: Tensor, blocks: Tensor, k: int, exclude_ids: Tensor | None) -> tu
     return run_cuda(call, queries, k, exclude_ids)
 
 
+def _at_least_one_column(queries: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels want a column; without any, every score is 0."""
+    if queries.shape[1]:
+        return queries, blocks
+    return torch.nn.functional.pad(queries, (0, 1)), torch.nn.functional.pad(blocks, (0, 1))
+
+
 def dense_rows(rows: Tensor) -> Tensor:
     """The same values with each row contiguous; copies only if they are not already."""
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
@@ -197,10 +197,16 @@ def run_cuda(call, queries: Tensor, k: int, exclude_ids: Tensor | None) -> tuple
         if exclude_ids is not None:
             exclude_ids = exclude_ids.long().contiguous()
             call.exclude(exclude_ids.data_ptr(), exclude_ids.shape[1])
-        scores = queries.new_empty((len(queries), k), dtype=torch.float32)
-        ids = queries.new_empty((len(queries), k), dtype=torch.int64)
         workspace_bytes = call.workspace_bytes
-        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=queries.device)
+        try:
+            scores = queries.new_empty((len(queries), k), dtype=torch.float32)
+            ids = queries.new_empty((len(queries), k), dtype=torch.int64)
+            workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=queries.device)
+        except torch.OutOfMemoryError as error:  # nothing was launched
+            raise torch.OutOfMemoryError(
+                f"mips_topk: no memory for the workspace of {workspace_bytes} bytes ({len(queries)} queries, "
+                f"k={k}): {error}"
+            ) from error
         stream = torch.cuda.current_stream().cuda_stream
         call.run(scores.data_ptr(), ids.data_ptr(), workspace.data_ptr(), workspace_bytes, stream)
     return scores, ids
