@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
@@ -148,10 +148,12 @@ def run_cases(
     *,
     budget_s: float,
     limit_s: float,
-    verbose: bool = True,
-) -> list[Row]:
-    """All methods on cases over the same data; a method that would take over `limit_s` a call is left out."""
-    rows = []
+    on_case: Callable[[list[Row]], None],
+) -> None:
+    """All methods on cases over the same data; a method that would take over `limit_s` a call is left out.
+
+    `on_case` gets the rows of each case when it is done.
+    """
     truth = Truth(blocks, queries)
     with tempfile.TemporaryDirectory() as folder:
         blocks_file, queries_file = Path(folder, "blocks.npy"), Path(folder, "queries.npy")
@@ -161,13 +163,10 @@ def run_cases(
         per_query: dict[str, float] = {}
         try:
             for case in cases:
-                rows += _run_case(case, workers, truth, threads, per_query, Path(folder), budget_s, limit_s)
-                if verbose:
-                    print_case([row for row in rows if row.case == case])
+                on_case(_run_case(case, workers, truth, threads, per_query, Path(folder), budget_s, limit_s))
         finally:
             for worker in workers.values():
                 worker.close()
-    return rows
 
 
 def _run_case(
@@ -308,35 +307,34 @@ def minilm(limit: int) -> tuple[np.ndarray, np.ndarray]:
         return saved["blocks"], saved["queries"]
 
 
-def suite_rows(suite: str, arguments: argparse.Namespace) -> list[Row]:
+def run_suite(suite: str, arguments: argparse.Namespace, on_case: Callable[[list[Row]], None]) -> None:
     quick = arguments.quick
     batches = tuple(b for b in (1, 8, 64, 512) if b in (arguments.queries or (1, 8, 64, 512)))
-    options = {"budget_s": 2.0, "limit_s": 1.5} if quick else {"budget_s": 6.0, "limit_s": 4.0}
-    options["threads"] = arguments.threads
-    main_peers = [*OURS[:3], "faiss threshold", "faiss skylakex", "faiss skylakex threshold", "torch float32"]
-    rows = []
+    options = {"budget_s": 2.0, "limit_s": 1.5} if quick else {"budget_s": 4.0, "limit_s": 4.0}
+    options |= {"threads": arguments.threads, "on_case": on_case}
+    main_peers = [*OURS[:3], *TUNED_FAISS, "torch float32"]
     if suite == "headline":
         count = 200_000 if quick else 1_000_000
         skipped = {"usearch float16", "hnswlib", "faiss SQbf16"} if quick else set()
         cases = [Case(suite, "normal", count, 128, b, 10) for b in batches]
-        rows = run_cases(cases, [m for m in METHODS if m not in skipped], *synthetic(count, 128), **options)
+        run_cases(cases, [m for m in METHODS if m not in skipped], *synthetic(count, 128), **options)
     elif suite == "k":
         count = 200_000 if quick else 1_000_000
         cases = [Case(suite, "normal", count, 128, b, k) for k in (1, 10, 100, 1000) for b in batches]
         if quick:
             cases = [case for case in cases if case.queries in (8, 512)]
-        methods = [*OURS[:3], "faiss skylakex threshold", "torch float32"]
-        rows = run_cases(cases, methods, *synthetic(count, 128), **options)
+        methods = [*OURS[:3], "faiss threshold", "faiss skylakex threshold", "torch float32"]
+        run_cases(cases, methods, *synthetic(count, 128), **options)
     elif suite == "width":
         for width, count in ((64, 1_000_000), (384, 400_000), (768, 200_000)):
             count = count // 8 if quick else count
             cases = [Case(suite, "normal", count, width, b, 10) for b in batches if not quick or b in (8, 64)]
-            rows += run_cases(cases, main_peers, *synthetic(count, width), **options)
+            run_cases(cases, main_peers, *synthetic(count, width), **options)
     elif suite == "growth":
-        rows = growth_rows(arguments)
+        measure_growth(arguments, on_case)
     elif suite == "real":
         for name in ("GloVe", "MiniLM tokens"):
-            blocks, queries = glove() if name == "GloVe" else minilm(100_000 if quick else 500_000)
+            blocks, queries = glove() if name == "GloVe" else minilm(100_000 if quick else 200_000)
             cases = [
                 Case(suite, name, len(blocks), blocks.shape[1], b, k)
                 for k in (10, 100)
@@ -344,13 +342,11 @@ def suite_rows(suite: str, arguments: argparse.Namespace) -> list[Row]:
                 if not (quick and (k == 100 or b == 1))
             ]
             methods = [*main_peers, "torch bfloat16", "scann int8"]
-            rows += run_cases(cases, methods, blocks, queries, **options)
-    return rows
+            run_cases(cases, methods, blocks, queries, **options)
 
 
-def growth_rows(arguments: argparse.Namespace) -> list[Row]:
+def measure_growth(arguments: argparse.Namespace, on_case: Callable[[list[Row]], None]) -> None:
     """Ours alone, from 10^4 to 10^7 blocks: time must grow linearly, extra memory not at all."""
-    rows = []
     index = rf.MipsIndex.from_embeddings(torch.empty(0, 64))
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(64, 64, generator=generator)
@@ -369,12 +365,7 @@ def growth_rows(arguments: argparse.Namespace) -> list[Row]:
                 row.seconds.append(time.perf_counter() - begin)
             limits = roofline.measure(arguments.threads, seconds=0.05)
             row.limit_seconds = limits.seconds("float32", 2.0 * case.blocks * 64 * batch, case.blocks * 256)
-            rows.append(row)
-            print(
-                f"  growth N={case.blocks:>10,} B={batch:3} {row.median * 1e3:9.3f} ms, "
-                f"{row.median / case.blocks * 1e9:.2f} ns a block"
-            )
-    return rows
+            on_case([row])
 
 
 def merged(old: dict | None, limits: roofline.Limits, rows: Sequence[Row]) -> dict:
@@ -559,18 +550,25 @@ def main(argv: list[str] | None = None) -> None:
 def measure(
     suites: Sequence[str], arguments: argparse.Namespace, out: Path | None, record: dict | None
 ) -> dict:
-    """Runs the suites; the results file is written after each."""
+    """Runs the suites; the results file is written after each case, so that nothing measured is lost."""
     print(f"{roofline.machine()['cpu']}, {arguments.threads} threads; load {os.getloadavg()[0]:.1f}")
-    for suite in suites:
-        limits = roofline.measure(arguments.threads, repeats=5)
-        rows = suite_rows(suite, arguments)
+    limits = roofline.measure(arguments.threads, repeats=5)
+
+    def keep(rows: list[Row]) -> None:
+        nonlocal record
+        print_case(rows)
         record = merged(record, limits, rows)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             replacement = out.with_suffix(".partial")
             replacement.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
             replacement.replace(out)
-            print(f"written to {out}")
+
+    for suite in suites:
+        limits = roofline.measure(arguments.threads, repeats=5)
+        run_suite(suite, arguments, keep)
+    if out is not None:
+        print(f"written to {out}")
     return record
 
 

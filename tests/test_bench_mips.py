@@ -41,7 +41,13 @@ def test_methods_run_in_their_processes_and_are_compared(small, tmp_path, capsys
     blocks, queries = small
     cases = [bench.Case("headline", "normal", 700, 16, b, 3) for b in (1, 9)]
     methods = ["realm_fast int8", "numpy"]
-    rows = bench.run_cases(cases, methods, blocks, queries, 1, budget_s=0.0, limit_s=5.0)
+    rows = []
+
+    def on_case(some):
+        bench.print_case(some)
+        rows.extend(some)
+
+    bench.run_cases(cases, methods, blocks, queries, 1, budget_s=0.0, limit_s=5.0, on_case=on_case)
     assert [row.method for row in rows] == methods * 2
     for row in rows:
         assert row.note == ""
