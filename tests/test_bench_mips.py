@@ -79,6 +79,25 @@ def test_runs_add_up_in_one_results_file():
     assert rows[0].note == "absent"
 
 
+def test_verdicts_name_the_worst_case():
+    def row(method, queries, k, seconds, suite="k"):
+        return bench.Row(bench.Case(suite, "normal", 1000, 128, queries, k), method, [seconds], 0.9)
+
+    rows = [row("faiss", 64, 10, 20.0), row("faiss threshold", 64, 10, 4.0)]
+    rows += [row("realm_fast float32", 64, 10, 1.0), row("realm_fast float32", 64, 100, 1.1)]
+    rows += [row("realm_fast float32", 8, 10, 1.2), row("realm_fast float32", 8, 100, 1.8)]
+    rows += [row("realm_fast int8", 64, 10, 1.0)]
+    table = "\n".join(bench.verdicts(rows))
+    assert "| float32, B = 64: 70% of the limit | 90% (normal, D = 128, k = 10, B = 64) | yes |" in table
+    assert "| float32, B = 1 and 8: 90% of the limit | 75% (normal, D = 128, k = 10, B = 8) | no |" in table
+    assert (
+        "| float32, B = 64: 10 x default faiss | 20.00 x (normal, D = 128, k = 10, B = 64) | yes |" in table
+    )
+    assert "| int8, certified: 5 x tuned faiss | 4.00 x (normal, D = 128, k = 10, B = 64) | no |" in table
+    assert "at most 15% slower than k = 10 | +50% (normal, D = 128, k = 100, B = 8) | no |" in table
+    assert "bfloat16" not in table
+
+
 def test_a_method_that_cannot_start_says_so(small, tmp_path):
     blocks, queries = small
     case = bench.Case("headline", "normal", 700, 16, 1, 3)

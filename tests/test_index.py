@@ -111,7 +111,7 @@ class TestExactness:
         for k in (60, 700):
             result = index.search(queries, k, exclude_ids=torch.arange(20))
             assert_is_top_k(result, queries, by_id, k, torch.arange(20)[:, None])
-        assert index.stats()["fell_back"] == 0
+        assert index.stats()["fell_back"] == index.stats()["repeated"] == 0
 
     def test_not_exact_returns_scores_as_stored(self, level, dtype):
         blocks, queries = data(500, 40)

@@ -620,9 +620,10 @@ std::vector<Stage> make_stages(const Pass& pass) {
   const int64_t parts =
       threads == 1 ? 1 : std::clamp<int64_t>(threads * 4 / std::max<int64_t>(chunks, 1), 1, (groups + 3) / 4);
   const int64_t part_groups = (groups + parts - 1) / parts;
-  // Samples: the first panel of every eighth run, of the other runs, then every fourth run.
+  // Samples: the first panel of every eighth run, then that of the other runs. Whole runs would not do: where
+  // similar rows stand together, they would be sampled together.
   const bool sample = pass.search.guess && parts == 1 && chunk >= 4 && chunks >= 64;
-  constexpr int kStages = 4;
+  constexpr int kStages = 3;
   std::vector<Task> tasks[kStages];
   int64_t run = 0;
   for (size_t s = 0; s < pass.stretches.size(); ++s) {
@@ -637,8 +638,7 @@ std::vector<Stage> make_stages(const Pass& pass) {
         const auto stretch_index = static_cast<int32_t>(s);
         if (sample) tasks[run % 8 == 0 ? 0 : 1].push_back({stretch_index, p, 1, g, end_group});
         if (count > sampled) {
-          tasks[sample && run % 4 == 1 ? 2 : 3].push_back(
-              {stretch_index, p + sampled, count - sampled, g, end_group});
+          tasks[kStages - 1].push_back({stretch_index, p + sampled, count - sampled, g, end_group});
         }
       }
     }
