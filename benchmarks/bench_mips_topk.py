@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -91,14 +92,18 @@ class Worker:
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": f"its process ended (status {self.process.poll()})"}
+        if line:
+            return json.loads(line)
+        status = self.process.wait(timeout=60)
+        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return {"error": f"its process ended ({cause})"}
 
     def ask(self, **request: object) -> dict:
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            return {"error": "its process ended"}
+            pass  # _read says why
         return self._read()
 
     def close(self) -> None:
@@ -501,10 +506,16 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _milliseconds(seconds: float) -> str:
+    """Three digits, never an exponent."""
+    value = seconds * 1e3
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def _cell(row: Row) -> str:
     if not row.seconds:
         return "-" if not row.note.startswith("wrong") else "wrong"
-    text = f"{row.median * 1e3:.3g}"
+    text = _milliseconds(row.median)
     if METHODS[row.method].ours:
         text = f"**{text}** ({row.limit_seconds / row.median:.0%})"
     return text + (f" [finds {row.found:.1%}]" if row.found < 1 else "")
@@ -515,7 +526,7 @@ def plot(rows: Sequence[Row], limits: roofline.Limits, folder: Path) -> dict[str
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     headline = [row for row in rows if row.case.suite == "headline" and row.seconds]
     if not headline:
@@ -560,9 +571,11 @@ def plot(rows: Sequence[Row], limits: roofline.Limits, folder: Path) -> dict[str
         times = [r.median * 1e3 for r in some]
         shades = [colours[METHODS[r.method].kind] if METHODS[r.method].ours else "0.7" for r in some]
         bars = axes.barh([r.method for r in some], times, color=shades)
-        axes.bar_label(bars, [f"{t:.3g}" for t in times], padding=3, fontsize=8)
+        axes.bar_label(bars, [_milliseconds(r.median) for r in some], padding=3, fontsize=8)
         axes.set(xscale="log", xlabel="ms a call", title=f"B = {batch}")
         axes.set_xlim(min(times) / 2, max(times) * 2)
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.tick_params(labelsize=8)
     for axes in grid_axes.flat[len(batches) :]:
         axes.set_axis_off()
