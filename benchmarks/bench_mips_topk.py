@@ -1,7 +1,12 @@
 """Exact top-k inner-product search beside its peers and the machine's limit.
 
-    realm-fast bench mips [--quick] [--suites headline,k,width,growth,real]
+    realm-fast bench mips [--quick] [--suites headline,k,width,growth,real] [--queries 1,8,64,512]
+    realm-fast bench mips --docs --measure-nothing
     python -m pytest benchmarks/bench_mips_topk.py --benchmark-only
+
+A run adds to its results file: cases measured again replace their former rows, others stay, so that suites
+(and with --queries parts of them) can be measured one after the other, when the machine is quiet. --docs
+writes tables and plots from the whole file.
 
 Every method runs in a process of its own over the same file of vectors (topk_methods.py). For each case all
 methods take turns, one call each, again and again, so that a busy machine is busy for all; the machine's
@@ -17,13 +22,14 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
 
@@ -86,14 +92,18 @@ class Worker:
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
-        return json.loads(line) if line else {"error": f"its process ended (status {self.process.poll()})"}
+        if line:
+            return json.loads(line)
+        status = self.process.wait(timeout=60)
+        cause = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return {"error": f"its process ended ({cause})"}
 
     def ask(self, **request: object) -> dict:
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            return {"error": "its process ended"}
+            pass  # _read says why
         return self._read()
 
     def close(self) -> None:
@@ -143,10 +153,12 @@ def run_cases(
     *,
     budget_s: float,
     limit_s: float,
-    verbose: bool = True,
-) -> list[Row]:
-    """All methods on cases over the same data; a method that would take over `limit_s` a call is left out."""
-    rows = []
+    on_case: Callable[[list[Row]], None],
+) -> None:
+    """All methods on cases over the same data; a method that would take over `limit_s` a call is left out.
+
+    `on_case` gets the rows of each case when it is done.
+    """
     truth = Truth(blocks, queries)
     with tempfile.TemporaryDirectory() as folder:
         blocks_file, queries_file = Path(folder, "blocks.npy"), Path(folder, "queries.npy")
@@ -156,13 +168,10 @@ def run_cases(
         per_query: dict[str, float] = {}
         try:
             for case in cases:
-                rows += _run_case(case, workers, truth, threads, per_query, Path(folder), budget_s, limit_s)
-                if verbose:
-                    print_case([row for row in rows if row.case == case])
+                on_case(_run_case(case, workers, truth, threads, per_query, Path(folder), budget_s, limit_s))
         finally:
             for worker in workers.values():
                 worker.close()
-    return rows
 
 
 def _run_case(
@@ -303,35 +312,34 @@ def minilm(limit: int) -> tuple[np.ndarray, np.ndarray]:
         return saved["blocks"], saved["queries"]
 
 
-def suite_rows(suite: str, arguments: argparse.Namespace) -> list[Row]:
+def run_suite(suite: str, arguments: argparse.Namespace, on_case: Callable[[list[Row]], None]) -> None:
     quick = arguments.quick
-    batches = (1, 8, 64, 512)
-    options = {"budget_s": 2.0, "limit_s": 1.5} if quick else {"budget_s": 6.0, "limit_s": 4.0}
-    options["threads"] = arguments.threads
-    main_peers = [*OURS[:3], "faiss threshold", "faiss skylakex", "faiss skylakex threshold", "torch float32"]
-    rows = []
+    batches = tuple(b for b in (1, 8, 64, 512) if b in (arguments.queries or (1, 8, 64, 512)))
+    options = {"budget_s": 2.0, "limit_s": 1.5} if quick else {"budget_s": 4.0, "limit_s": 4.0}
+    options |= {"threads": arguments.threads, "on_case": on_case}
+    main_peers = [*OURS[:3], *TUNED_FAISS, "torch float32"]
     if suite == "headline":
         count = 200_000 if quick else 1_000_000
         skipped = {"usearch float16", "hnswlib", "faiss SQbf16"} if quick else set()
         cases = [Case(suite, "normal", count, 128, b, 10) for b in batches]
-        rows = run_cases(cases, [m for m in METHODS if m not in skipped], *synthetic(count, 128), **options)
+        run_cases(cases, [m for m in METHODS if m not in skipped], *synthetic(count, 128), **options)
     elif suite == "k":
         count = 200_000 if quick else 1_000_000
         cases = [Case(suite, "normal", count, 128, b, k) for k in (1, 10, 100, 1000) for b in batches]
         if quick:
             cases = [case for case in cases if case.queries in (8, 512)]
-        methods = [*OURS[:3], "faiss skylakex threshold", "torch float32"]
-        rows = run_cases(cases, methods, *synthetic(count, 128), **options)
+        methods = [*OURS[:3], "faiss threshold", "faiss skylakex threshold", "torch float32"]
+        run_cases(cases, methods, *synthetic(count, 128), **options)
     elif suite == "width":
         for width, count in ((64, 1_000_000), (384, 400_000), (768, 200_000)):
             count = count // 8 if quick else count
-            cases = [Case(suite, "normal", count, width, b, 10) for b in (batches[1:3] if quick else batches)]
-            rows += run_cases(cases, main_peers, *synthetic(count, width), **options)
+            cases = [Case(suite, "normal", count, width, b, 10) for b in batches if not quick or b in (8, 64)]
+            run_cases(cases, main_peers, *synthetic(count, width), **options)
     elif suite == "growth":
-        rows = growth_rows(arguments)
+        measure_growth(arguments, on_case)
     elif suite == "real":
         for name in ("GloVe", "MiniLM tokens"):
-            blocks, queries = glove() if name == "GloVe" else minilm(100_000 if quick else 500_000)
+            blocks, queries = glove() if name == "GloVe" else minilm(100_000 if quick else 200_000)
             cases = [
                 Case(suite, name, len(blocks), blocks.shape[1], b, k)
                 for k in (10, 100)
@@ -339,13 +347,11 @@ def suite_rows(suite: str, arguments: argparse.Namespace) -> list[Row]:
                 if not (quick and (k == 100 or b == 1))
             ]
             methods = [*main_peers, "torch bfloat16", "scann int8"]
-            rows += run_cases(cases, methods, blocks, queries, **options)
-    return rows
+            run_cases(cases, methods, blocks, queries, **options)
 
 
-def growth_rows(arguments: argparse.Namespace) -> list[Row]:
+def measure_growth(arguments: argparse.Namespace, on_case: Callable[[list[Row]], None]) -> None:
     """Ours alone, from 10^4 to 10^7 blocks: time must grow linearly, extra memory not at all."""
-    rows = []
     index = rf.MipsIndex.from_embeddings(torch.empty(0, 64))
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(64, 64, generator=generator)
@@ -364,95 +370,223 @@ def growth_rows(arguments: argparse.Namespace) -> list[Row]:
                 row.seconds.append(time.perf_counter() - begin)
             limits = roofline.measure(arguments.threads, seconds=0.05)
             row.limit_seconds = limits.seconds("float32", 2.0 * case.blocks * 64 * batch, case.blocks * 256)
-            rows.append(row)
-            print(
-                f"  growth N={case.blocks:>10,} B={batch:3} {row.median * 1e3:9.3f} ms, "
-                f"{row.median / case.blocks * 1e9:.2f} ns a block"
-            )
-    return rows
+            on_case([row])
 
 
-def markdown(rows: Sequence[Row], limits: roofline.Limits) -> str:
+def merged(old: dict | None, limits: roofline.Limits, rows: Sequence[Row]) -> dict:
+    """The results file's content: `old` with the rows of `rows`' cases replaced, limits the best seen."""
+    cases = [asdict(case) for case in dict.fromkeys(row.case for row in rows)]
+    kept = [] if old is None else [row for row in old["rows"] if row["case"] not in cases]
+    measured = asdict(limits)
+    if old is not None:
+        for kind in roofline.KINDS:
+            best = max(limits.operations[kind], old["limits"]["operations"][kind])
+            measured["operations"][kind] = best
+        measured["read_bytes"] = max(limits.read_bytes, old["limits"]["read_bytes"])
+    today = date.today().isoformat()
+    added = [asdict(row) | {"median": row.median, "date": today} for row in rows]
+    order = {suite: place for place, suite in enumerate(SUITES)}
+    everything = sorted(
+        [*kept, *added],
+        key=lambda row: (order[row["case"]["suite"]], *(row["case"][f.name] for f in fields(Case)[1:])),
+    )
+    return {"machine": roofline.machine(), "limits": measured, "rows": _finite(everything)}
+
+
+def rows_of(record: dict) -> tuple[list[Row], roofline.Limits]:
+    """What `merged` wrote, as objects."""
+    rows = []
+    for row in record["rows"]:
+        found, limit = (math.nan if row[n] is None else row[n] for n in ("found", "limit_seconds"))
+        rows.append(Row(Case(**row["case"]), row["method"], row["seconds"], limit, found, row["note"]))
+    return rows, roofline.Limits(**record["limits"])
+
+
+def markdown(record: dict) -> str:
     """The tables for docs/ops/mips_topk.md."""
-    facts = roofline.machine()
+    rows, limits = rows_of(record)
+    facts = record["machine"]
     peaks = ", ".join(f"{kind} {limits.operations[kind] / 1e9:.0f}" for kind in roofline.KINDS)
+    dates = sorted({row["date"] for row in record["rows"]})
     lines = [
-        f"Measured {date.today().isoformat()} on {facts['cpu']}, {facts['threads']} threads, torch "
-        f"{torch.__version__}: peaks {peaks} GFLOP/s (GOP/s), read {limits.read_bytes / 1e9:.1f} GB/s.",
-        "Milliseconds a call, median; in brackets the share of the limit measured beside it.",
+        f"Measured {' to '.join(dict.fromkeys([dates[0], dates[-1]]))} on {facts['cpu']}, levels "
+        f"{', '.join(facts['levels'])}, {limits.threads} threads, torch {facts['torch']}: peaks {peaks} "
+        f"GFLOP/s (GOP/s), read {limits.read_bytes / 1e9:.1f} GB/s.",
+        "Milliseconds a call, median; ours with the share of the limit measured beside it. The last column: "
+        "the fastest faiss over ours in float32, bfloat16 and int8.",
         "",
     ]
     for suite in dict.fromkeys(row.case.suite for row in rows):
         some = [row for row in rows if row.case.suite == suite]
         cases = list(dict.fromkeys(row.case for row in some))
-        methods = list(dict.fromkeys(row.method for row in some))
+        methods = [m for m in METHODS if any(row.method == m for row in some)]
         lines += [f"### {suite}", ""]
-        lines += ["| data | N | D | k | B | " + " | ".join(methods) + " | best of ours against tuned faiss |"]
+        lines += ["| data | N | D | k | B | " + " | ".join(methods) + " | tuned faiss / ours |"]
         lines += ["|" + "---|" * (6 + len(methods))]
         for case in cases:
             by_method = {row.method: row for row in some if row.case == case}
             cells = [_cell(by_method[m]) if m in by_method else "" for m in methods]
-            ours = [r.median for m, r in by_method.items() if METHODS[m].ours and r.seconds]
-            ratio = best_faiss(list(by_method.values())) / min(ours, default=math.nan)
-            cells.append("" if math.isnan(ratio) else f"{ratio:.1f}x")
+            faiss = best_faiss(list(by_method.values()))
+            ours = [by_method[m].median if m in by_method else math.nan for m in OURS[:3]]
+            known = not math.isnan(faiss) and not any(map(math.isnan, ours))
+            cells.append(" / ".join(f"{faiss / seconds:.1f}" for seconds in ours) if known else "")
             facts_of_case = [case.data, f"{case.blocks:,}", case.width, case.k, case.queries]
             lines.append("| " + " | ".join(map(str, [*facts_of_case, *cells])) + " |")
         lines.append("")
+    lines += ["### Against the targets", "", *verdicts(rows), ""]
     return "\n".join(lines)
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """A table of what was aimed at and what was measured; of several cases the worst counts."""
+    cases: dict[Case, dict[str, Row]] = {}
+    for row in rows:
+        if row.seconds:
+            cases.setdefault(row.case, {})[row.method] = row
+    plain, bfloat16, int8 = OURS[:3]
+    lines = ["| aimed at | measured: the worst case | met |", "|---|---|---|"]
+
+    def add(aim: str, bound: float, values: dict[Case, float], form: str, *, at_most: bool = False) -> None:
+        known = {case: value for case, value in values.items() if not math.isnan(value)}
+        if not known:
+            return
+        worst = (max if at_most else min)(known, key=known.__getitem__)
+        value = known[worst]
+        met = value <= bound if at_most else value >= bound
+        where = f"{worst.data}, D = {worst.width}, k = {worst.k}, B = {worst.queries}"
+        lines.append(f"| {aim} | {form.format(value)} ({where}) | {'yes' if met else 'no'} |")
+
+    def faster(ours: str, peers: Sequence[str], batches: Sequence[int], most_k: int) -> dict[Case, float]:
+        found = {}
+        for case, by_method in cases.items():
+            times = [by_method[m].median for m in peers if m in by_method]
+            if times and ours in by_method and case.queries in batches and case.k <= most_k:
+                found[case] = min(times) / by_method[ours].median
+        return found
+
+    def share(batches: Sequence[int]) -> dict[Case, float]:
+        return {
+            case: by_method[plain].limit_seconds / by_method[plain].median
+            for case, by_method in cases.items()
+            if plain in by_method and case.width in (128, 768) and case.queries in batches and case.k <= 10
+        }
+
+    def slower(method: str, k: int) -> dict[Case, float]:
+        found = {}
+        for case, by_method in cases.items():
+            base = cases.get(replace(case, k=10), {})
+            if case.k == k and method in by_method and method in base:
+                found[case] = by_method[method].median / base[method].median - 1
+        return found
+
+    every = (1, 8, 64, 512)
+    add("float32, B = 512: 85% of the limit", 0.85, share([512]), "{:.0%}")
+    add("float32, B = 64: 70% of the limit", 0.70, share([64]), "{:.0%}")
+    add("float32, B = 1 and 8: 90% of the limit", 0.90, share([1, 8]), "{:.0%}")
+    add("float32, B >= 64: 1.9 x tuned faiss", 1.9, faster(plain, TUNED_FAISS, [64, 512], 10), "{:.2f} x")
+    add("float32, B = 64: 10 x default faiss", 10, faster(plain, ["faiss"], [64], 10), "{:.2f} x")
+    add("float32, B = 1: 1.8 x tuned faiss", 1.8, faster(plain, TUNED_FAISS, [1], 10), "{:.2f} x")
+    add("float32, B = 8: 3 x tuned faiss", 3, faster(plain, TUNED_FAISS, [8], 10), "{:.2f} x")
+    add("bfloat16, certified: 3.4 x tuned faiss", 3.4, faster(bfloat16, TUNED_FAISS, every, 10), "{:.2f} x")
+    add("int8, certified: 5 x tuned faiss", 5, faster(int8, TUNED_FAISS, every, 10), "{:.2f} x")
+    for k, bound in ((100, 0.15), (1000, 0.60)):
+        for method in OURS[:3]:
+            name = method.removeprefix("realm_fast ")
+            aim = f"{name}, k = {k}: at most {bound:.0%} slower than k = 10"
+            add(aim, bound, slower(method, k), "{:+.0%}", at_most=True)
+    for batch in sorted({case.queries for case in cases if case.suite == "growth"}):
+        growing = {
+            c: r[plain].median / c.blocks
+            for c, r in cases.items()
+            if c.suite == "growth" and c.queries == batch
+        }
+        spread = max(growing.values()) / min(growing.values()) - 1
+        aim = f"time a block within 10% for {len(growing)} sizes to N = {max(c.blocks for c in growing):,}"
+        lines.append(f"| {aim}, B = {batch} | {spread:.0%} | {'yes' if spread <= 0.10 else 'no'} |")
+    return lines
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, never an exponent."""
+    value = seconds * 1e3
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def _cell(row: Row) -> str:
     if not row.seconds:
         return "-" if not row.note.startswith("wrong") else "wrong"
-    text = f"{row.median * 1e3:.3g}"
+    text = _milliseconds(row.median)
     if METHODS[row.method].ours:
         text = f"**{text}** ({row.limit_seconds / row.median:.0%})"
     return text + (f" [finds {row.found:.1%}]" if row.found < 1 else "")
 
 
-def plot(rows: Sequence[Row], limits: roofline.Limits, path: Path) -> None:
-    """Left: the headline cases under the roofline. Right: time of ours and of the peers."""
+def plot(rows: Sequence[Row], limits: roofline.Limits, folder: Path) -> dict[str, str]:
+    """Draws the headline cases beside limits and beside peers; returns what each file shows, by name."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     headline = [row for row in rows if row.case.suite == "headline" and row.seconds]
     if not headline:
-        return
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
     batches = sorted({row.case.queries for row in headline})
-    grid = np.geomspace(0.8, 700, 100)
+    case = headline[0].case
+    title = f"N = {case.blocks:,}, D = {case.width}, k = {case.k}"
     colours = {"float32": "C0", "bfloat16": "C1", "int8": "C2"}
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5))
+    grid = np.geomspace(batches[0] * 0.8, batches[-1] * 1.25, 200)
     for name in OURS[:3]:
         method = METHODS[name]
-        intensity = 2 * grid / method.bytes_per_value
-        roof = np.minimum(limits.operations[method.kind], limits.read_bytes * intensity) / 1e9
-        left.plot(grid, roof, color=colours[method.kind], lw=1, ls="--", label=f"limit, {method.kind}")
-        own = [row for row in headline if row.method == name]
-        rate = [2.0 * r.case.blocks * r.case.width * r.case.queries / r.median / 1e9 for r in own]
-        left.plot([r.case.queries for r in own], rate, "o-", color=colours[method.kind], label=name)
+        roof = np.minimum(
+            limits.operations[method.kind], limits.read_bytes * 2 * grid / method.bytes_per_value
+        )
+        colour = colours[method.kind]
+        axes.plot(grid, roof / 1e9, color=colour, lw=1, ls="--", label=f"limit, {method.kind}")
+        own = sorted((r.case.queries, r.median) for r in headline if r.method == name)
+        rate = [2.0 * case.blocks * case.width * b / seconds / 1e9 for b, seconds in own]
+        axes.plot([b for b, _ in own], rate, "o-", color=colour, label=name)
     faiss = [(b, best_faiss([r for r in headline if r.case.queries == b])) for b in batches]
-    size = headline[0].case.blocks * headline[0].case.width
-    rates = [2.0 * size * b / seconds / 1e9 for b, seconds in faiss]
-    left.plot(batches, rates, "s-", color="0.4", label="tuned faiss")
-    left.set(xscale="log", yscale="log", title="Under the roofline")
-    left.set(xlabel="queries in a batch", ylabel="GFLOP/s (GOP/s)")
-    left.legend(fontsize=8)
-    methods = sorted({r.method for r in headline}, key=lambda m: list(METHODS).index(m))
-    width = 0.8 / len(methods)
-    for i, name in enumerate(methods):
-        times = {r.case.queries: r.median * 1e3 for r in headline if r.method == name}
-        places = [batches.index(b) + i * width for b in times]
-        colour = None if METHODS[name].ours else str(0.35 + 0.5 * i / len(methods))
-        right.bar(places, list(times.values()), width, label=name, color=colour)
-    case = headline[0].case
-    right.set(yscale="log", ylabel="ms a call", title=f"N = {case.blocks:,}, D = {case.width}, k = {case.k}")
-    right.set_xticks([i + 0.4 for i in range(len(batches))], [f"B = {b}" for b in batches])
-    right.legend(fontsize=7, ncol=2)
+    rate = [2.0 * case.blocks * case.width * b / seconds / 1e9 for b, seconds in faiss]
+    axes.plot(batches, rate, "s-", color="0.45", label="tuned faiss")
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set(xlabel="queries in a batch", ylabel="products and sums, 10^9 a second")
+    axes.set_xticks(batches, map(str, batches))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(folder / "mips_topk_roofline.png", dpi=110)
+    pyplot.close(figure)
+
+    count = len({row.method for row in headline})
+    rows_of_plots = -(-len(batches) // 2)
+    size = (12, 1 + rows_of_plots * (0.7 + 0.24 * count))
+    figure, grid_axes = pyplot.subplots(rows_of_plots, 2, figsize=size, squeeze=False)
+    for axes, batch in zip(grid_axes.flat, batches, strict=False):
+        some = sorted((r for r in headline if r.case.queries == batch), key=lambda r: -r.median)
+        times = [r.median * 1e3 for r in some]
+        shades = [colours[METHODS[r.method].kind] if METHODS[r.method].ours else "0.7" for r in some]
+        bars = axes.barh([r.method for r in some], times, color=shades)
+        axes.bar_label(bars, [_milliseconds(r.median) for r in some], padding=3, fontsize=8)
+        axes.set(xscale="log", xlabel="ms a call", title=f"B = {batch}")
+        axes.set_xlim(min(times) / 2, max(times) * 2)
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.tick_params(labelsize=8)
+    for axes in grid_axes.flat[len(batches) :]:
+        axes.set_axis_off()
+    figure.suptitle(f"{title}; ours in colour (blue float32, orange bfloat16, green int8)")
+    figure.tight_layout()
+    figure.savefig(folder / "mips_topk_peers.png", dpi=110)
+    pyplot.close(figure)
+    return {
+        "mips_topk_roofline.png": "Rates of ours and of tuned faiss under the machine's limits",
+        "mips_topk_peers.png": "Time a call of every method, by batch size",
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -462,56 +596,75 @@ def main(argv: list[str] | None = None) -> None:
         "--suites", default="", help=f"comma-separated: {','.join(SUITES)} (default: all; quick: headline)"
     )
     parser.add_argument(
+        "--queries", default="", help="only the cases with these batch sizes, comma-separated (default: all)"
+    )
+    parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of every method"
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="JSON file (default: benchmarks/results/mips_topk_<device>_<date>.json; quick: none)",
+        help="JSON file to add to (default: benchmarks/results/mips_topk_<device>_<date>.json; quick: none)",
     )
-    parser.add_argument("--docs", action="store_true", help="also write the tables and the plot into docs/")
+    parser.add_argument("--docs", action="store_true", help="also write the tables and plots into docs/")
+    parser.add_argument("--measure-nothing", action="store_true", help="only --docs, from the results file")
     arguments = parser.parse_args(argv)
     suites = arguments.suites.split(",") if arguments.suites else SUITES[:1] if arguments.quick else SUITES
     unknown = set(suites) - set(SUITES)
     if unknown:
         parser.error(f"--suites: unknown {', '.join(sorted(unknown))}")
+    try:
+        arguments.queries = [int(b) for b in arguments.queries.split(",") if b]
+    except ValueError:
+        parser.error(f"--queries: expected whole numbers, got {arguments.queries!r}")
     torch.set_num_threads(arguments.threads)
-    limits = roofline.measure(arguments.threads, repeats=5)
-    print(f"{roofline.machine()['cpu']}, {arguments.threads} threads; load {os.getloadavg()[0]:.1f}")
-    rows = []
-    for suite in suites:
-        rows += suite_rows(suite, arguments)
-        limits_again = roofline.measure(arguments.threads, repeats=2)
-        limits = roofline.Limits(
-            arguments.threads,
-            {kind: max(limits.operations[kind], limits_again.operations[kind]) for kind in roofline.KINDS},
-            max(limits.read_bytes, limits_again.read_bytes),
-        )
-    table = markdown(rows, limits)
-    print("\n" + table)
     out = arguments.out
     if out is None and not arguments.quick:
         out = RESULTS / f"mips_topk_{roofline.device_slug()}_{date.today().isoformat()}.json"
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "machine": roofline.machine(),
-            "limits": asdict(limits),
-            "rows": [asdict(row) | {"median": row.median} for row in rows],
-        }
-        out.write_text(json.dumps(_finite(record), indent=1) + "\n")
-        print(f"written to {out}")
+    record = json.loads(out.read_text()) if out is not None and out.is_file() else None
+    if arguments.measure_nothing:
+        if record is None:
+            parser.error(f"--measure-nothing: there are no results at {out}")
+    else:
+        record = measure(suites, arguments, out, record)
+    table = markdown(record)
+    print("\n" + table)
     if arguments.docs:
-        write_docs(table)
-        plot(rows, limits, ROOT / "docs" / "images" / "mips_topk.png")
+        pictures = plot(*rows_of(record), ROOT / "docs" / "images")
+        write_docs("\n\n".join([*(f"![{text}](../images/{name})" for name, text in pictures.items()), table]))
 
 
-def write_docs(table: str) -> None:
+def measure(
+    suites: Sequence[str], arguments: argparse.Namespace, out: Path | None, record: dict | None
+) -> dict:
+    """Runs the suites; the results file is written after each case, so that nothing measured is lost."""
+    print(f"{roofline.machine()['cpu']}, {arguments.threads} threads; load {os.getloadavg()[0]:.1f}")
+    limits = roofline.measure(arguments.threads, repeats=5)
+
+    def keep(rows: list[Row]) -> None:
+        nonlocal record
+        print_case(rows)
+        record = merged(record, limits, rows)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = out.with_suffix(".partial")
+            partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+            partial.replace(out)
+
+    for suite in suites:
+        limits = roofline.measure(arguments.threads, repeats=5)
+        run_suite(suite, arguments, keep)
+    if out is not None:
+        print(f"written to {out}")
+    return record
+
+
+def write_docs(content: str) -> None:
     page = ROOT / "docs" / "ops" / "mips_topk.md"
     begin, end = "<!-- results: begin -->", "<!-- results: end -->"
     text = page.read_text()
     head, tail = text.split(begin)[0], text.split(end)[1]
-    page.write_text(f"{head}{begin}\n\n{table}\n{end}{tail}")
+    page.write_text(f"{head}{begin}\n\n{content}\n{end}{tail}")
 
 
 def _finite(value: object) -> object:

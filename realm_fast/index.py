@@ -239,7 +239,7 @@ class MipsIndex:
         self._rows = rows
         self._changing = threading.Lock()
         self._counting = threading.Lock()
-        self._counts = {"searches": 0, "queries": 0, "rescored": 0, "fell_back": 0}
+        self._counts = {"searches": 0, "queries": 0, "rescored": 0, "fell_back": 0, "repeated": 0}
         self.max_candidates = (
             0  # per query and thread before an exact low-precision search falls back; 0: default
         )
@@ -347,7 +347,7 @@ class MipsIndex:
             ranks = rows.ordered()
             if excluded is not None:
                 excluded = np.ascontiguousarray(rows.find(excluded)[0])
-            rescored, fell_back = _native.mips_index_search(
+            rescored, fell_back, repeated = _native.mips_index_search(
                 rows.dtype,
                 [slab.native() for slab in rows.slabs],
                 rows.dim,
@@ -374,6 +374,7 @@ class MipsIndex:
             self._counts["queries"] += len(values)
             self._counts["rescored"] += rescored
             self._counts["fell_back"] += fell_back
+            self._counts["repeated"] += repeated
         return TopK(scores.to(queries.device), ids.to(queries.device))
 
     def add(self, emb: Tensor, ids: Tensor | None = None) -> None:
@@ -519,6 +520,7 @@ class MipsIndex:
             searches, queries;
             rescored: rows looked at again in float32 by exact bfloat16 and int8 searches;
             fell_back: queries that needed a float32 scan of the originals;
+            repeated: queries with a large k that were scanned twice, because a sample of the blocks misled;
             blocks, deleted_rows, irregular_rows (bfloat16, int8: rows that only float32 can hold), slabs;
             memory_bytes, mapped_bytes: their sum is `nbytes`.
         """

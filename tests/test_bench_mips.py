@@ -41,19 +41,61 @@ def test_methods_run_in_their_processes_and_are_compared(small, tmp_path, capsys
     blocks, queries = small
     cases = [bench.Case("headline", "normal", 700, 16, b, 3) for b in (1, 9)]
     methods = ["realm_fast int8", "numpy"]
-    rows = bench.run_cases(cases, methods, blocks, queries, 1, budget_s=0.0, limit_s=5.0)
+    rows = []
+
+    def on_case(some):
+        bench.print_case(some)
+        rows.extend(some)
+
+    bench.run_cases(cases, methods, blocks, queries, 1, budget_s=0.0, limit_s=5.0, on_case=on_case)
     assert [row.method for row in rows] == methods * 2
     for row in rows:
         assert row.note == ""
         assert len(row.seconds) == 3
         assert 0 < row.limit_seconds < 1
-    limits = roofline.measure(1, seconds=0.01, repeats=1)
-    table = bench.markdown(rows, limits)
-    assert "| normal | 700 | 16 | 3 | 9 |" in table
-    bench.plot(rows, limits, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-    json.dumps(bench._finite([row.seconds for row in rows]), allow_nan=False)
+    record = bench.merged(None, roofline.measure(1, seconds=0.01, repeats=1), rows)
+    json.dumps(record, allow_nan=False)
+    assert "| normal | 700 | 16 | 3 | 9 |" in bench.markdown(record)
+    bench.plot(*bench.rows_of(record), tmp_path)
+    for name in ("roofline", "peers"):
+        assert (tmp_path / f"mips_topk_{name}.png").stat().st_size > 1000
     assert "realm_fast int8" in capsys.readouterr().out
+
+
+def test_runs_add_up_in_one_results_file():
+    def limits(peak):
+        return roofline.Limits(2, dict.fromkeys(roofline.KINDS, peak), peak)
+
+    def row(suite, queries, seconds):
+        return bench.Row(bench.Case(suite, "normal", 700, 16, queries, 3), "numpy", [seconds], 0.5, 1.0)
+
+    first = bench.merged(None, limits(2.0), [row("k", 1, 3.0), row("headline", 8, 4.0)])
+    failed = bench.Row(bench.Case("headline", "normal", 700, 16, 1, 3), "faiss", note="absent")
+    both = bench.merged(json.loads(json.dumps(first)), limits(1.0), [row("headline", 8, 5.0), failed])
+    rows, best = bench.rows_of(json.loads(json.dumps(both, allow_nan=False)))
+    assert best == limits(2.0)
+    found = [(r.case.suite, r.case.queries, r.method, r.seconds) for r in rows]
+    assert found == [("headline", 1, "faiss", []), ("headline", 8, "numpy", [5.0]), ("k", 1, "numpy", [3.0])]
+    assert rows[0].note == "absent"
+
+
+def test_verdicts_name_the_worst_case():
+    def row(method, queries, k, seconds, suite="k"):
+        return bench.Row(bench.Case(suite, "normal", 1000, 128, queries, k), method, [seconds], 0.9)
+
+    rows = [row("faiss", 64, 10, 20.0), row("faiss threshold", 64, 10, 4.0)]
+    rows += [row("realm_fast float32", 64, 10, 1.0), row("realm_fast float32", 64, 100, 1.1)]
+    rows += [row("realm_fast float32", 8, 10, 1.2), row("realm_fast float32", 8, 100, 1.8)]
+    rows += [row("realm_fast int8", 64, 10, 1.0)]
+    table = "\n".join(bench.verdicts(rows))
+    assert "| float32, B = 64: 70% of the limit | 90% (normal, D = 128, k = 10, B = 64) | yes |" in table
+    assert "| float32, B = 1 and 8: 90% of the limit | 75% (normal, D = 128, k = 10, B = 8) | no |" in table
+    assert (
+        "| float32, B = 64: 10 x default faiss | 20.00 x (normal, D = 128, k = 10, B = 64) | yes |" in table
+    )
+    assert "| int8, certified: 5 x tuned faiss | 4.00 x (normal, D = 128, k = 10, B = 64) | no |" in table
+    assert "at most 15% slower than k = 10 | +50% (normal, D = 128, k = 100, B = 8) | no |" in table
+    assert "bfloat16" not in table
 
 
 def test_a_method_that_cannot_start_says_so(small, tmp_path):

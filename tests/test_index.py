@@ -51,12 +51,12 @@ class TestExactness:
         blocks, queries, k = search["blocks"], search["queries"], search["k"]
         if blocks.shape[1] == 0:
             return
-        expected = mips_topk(**search)
         index = rf.MipsIndex.from_embeddings(blocks, dtype)
         index.max_candidates = candidates  # few: also the fall-back must be exact
         for level in LEVELS[-3:]:
             _native.force_cpu_level(level)
             try:
+                expected = mips_topk(**search)
                 assert same(index.search(queries, k, exclude_ids=search["exclude_ids"]), expected)
             finally:
                 _native.force_cpu_level("")
@@ -93,6 +93,25 @@ class TestExactness:
         index = rf.MipsIndex.from_embeddings(blocks[:1].expand(20000, -1), dtype)
         index.search(queries, 10)
         assert index.stats()["fell_back"] == 16
+
+    @pytest.mark.parametrize("order", ["random", "by score", "in clusters", "ids out of order"])
+    def test_thresholds_guessed_from_samples_change_nothing(self, level, dtype, order):
+        """Large k over many panels, where a sample of the panels decides what is looked at."""
+        blocks, queries = data(110_000, 8, 20)
+        ids = torch.arange(len(blocks))
+        if order == "by score":
+            blocks = blocks[(blocks @ queries[0]).argsort()]
+        elif order == "in clusters":
+            blocks = blocks[:1100].repeat_interleave(100, 0) + 0.05 * blocks
+        elif order == "ids out of order":
+            ids = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+        index = rf.MipsIndex.from_embeddings(blocks, dtype, ids)
+        by_id = torch.empty_like(blocks)
+        by_id[ids] = blocks
+        for k in (60, 700):
+            result = index.search(queries, k, exclude_ids=torch.arange(20))
+            assert_is_top_k(result, queries, by_id, k, torch.arange(20)[:, None])
+        assert index.stats()["fell_back"] == index.stats()["repeated"] == 0
 
     def test_not_exact_returns_scores_as_stored(self, level, dtype):
         blocks, queries = data(500, 40)

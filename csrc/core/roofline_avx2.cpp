@@ -27,10 +27,11 @@ float madd_loop(int64_t iterations) {
   const __m256i x = _mm256_set1_epi32(source);
   for (__m256i& s : sum) s = _mm256_set1_epi32(source);
   for (int64_t i = 0; i < iterations; ++i) {
-    const __m256i y = _mm256_add_epi32(x, _mm256_set1_epi32(static_cast<int>(i)));
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
-      sum[c] = _mm256_add_epi32(sum[c], _mm256_madd_epi16(_mm256_xor_si256(y, sum[c]), x));
+      __m256i products;  // as assembly: the compiler would multiply once, outside the loop
+      asm volatile("vpmaddwd %1, %1, %0" : "=x"(products) : "x"(x));
+      sum[c] = _mm256_add_epi32(sum[c], products);
     }
   }
   __m256i total = _mm256_setzero_si256();

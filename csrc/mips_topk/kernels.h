@@ -28,12 +28,14 @@ struct ScanRun {
   int64_t panel_bytes;
   int64_t num_panels;
   int64_t steps;
-  const char* queries;             // groups of [steps][width] query steps, one after the other
+  const char* queries;             // groups of [steps][width] query steps, one after the other; steps of
+                                   // 8 bytes as [steps][2][width] halves
   int64_t first_group, end_group;  // queries 8*g .. 8*g+7
   int64_t num_groups;              // in all; only the last one may be narrower than 8
   int last_width;                  // 1, 2, 4 or 8
   const int32_t* query_offset;  // int8: [queries], what the integer sums start from (-128 * sum of the query)
   const float* row_scale;       // int8: [rows], the rows' scales
+  char* widened;                // room for a panel twice as wide, where query steps have 8 bytes
   const float* threshold;       // [queries]; accept may raise it while the run goes on
   // Called for a query and a panel when some of the panel's 48 scores are >= the query's threshold.
   void (*accept)(void* context, int64_t query, int64_t panel, uint64_t mask, const float* scores);

@@ -111,7 +111,7 @@ bool store_row(Dtype dtype, int64_t dim, const MutableSlab& slab, int64_t row, c
   } else {
     scratch.int8.resize(dim);
     scratch.shifted.resize(dim);
-    quantised = quantise_int8(values, dim, scratch.int8.data());
+    quantised = quantise_integers(values, dim, 127, scratch.int8.data());
     int64_t squares = 0;
     for (int64_t d = 0; d < dim; ++d) {
       squares += static_cast<int32_t>(scratch.int8[d]) * scratch.int8[d];
@@ -145,25 +145,30 @@ QuantisedQuery quantise_bfloat16(const float* values, int64_t dim, uint16_t* out
   return {1.0f, std::sqrt(squares), std::sqrt(error)};
 }
 
-QuantisedQuery quantise_int8(const float* values, int64_t dim, int8_t* out) {
+template <class Integer>
+QuantisedQuery quantise_integers(const float* values, int64_t dim, int limit, Integer* out) {
+  const float bound = static_cast<float>(limit);
   float largest = 0;
   for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(values[d]));
   // A scale far below the data's range keeps the reciprocal finite; such values quantise to 0, and the
   // residual says so.
-  const float scale = std::max(largest / 127.0f, 0x1p-100f);
+  const float scale = std::max(largest / bound, 0x1p-100f);
   const float inverse = 1.0f / scale;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and taking it away rounds to an integer
   double squares = 0, error = 0;
   for (int64_t d = 0; d < dim; ++d) {
     const float rounded = (values[d] * inverse + kRound) - kRound;
-    const float clamped = std::min(std::max(rounded, -127.0f), 127.0f);
-    out[d] = static_cast<int8_t>(clamped);
+    const float clamped = std::min(std::max(rounded, -bound), bound);
+    out[d] = static_cast<Integer>(clamped);
     const double difference = static_cast<double>(values[d]) - static_cast<double>(scale) * clamped;
     squares += static_cast<double>(values[d]) * values[d];
     error += difference * difference;
   }
   return {scale, std::sqrt(squares), std::sqrt(error)};
 }
+
+template QuantisedQuery quantise_integers(const float*, int64_t, int, int8_t*);
+template QuantisedQuery quantise_integers(const float*, int64_t, int, int16_t*);
 
 void clear_rows(Dtype dtype, int64_t dim, const MutableSlab& slab, const int64_t* rows, int64_t num_rows) {
   for (int64_t i = 0; i < num_rows; ++i) clear_row(dtype, dim, slab, rows[i]);

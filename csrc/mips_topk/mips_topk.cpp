@@ -4,6 +4,11 @@
 // last compaction; a compaction keeps the k best and raises the query's threshold, which all workers share.
 // The threshold never exceeds the k-th best key seen by anyone, so that no result can be lost, whatever the
 // order in which workers take panels: the outcome is the same for every number of threads.
+//
+// For large k that accepts k (1 + ln(N / k)) rows, most of them early and in vain. There the threshold may
+// also be a guess from a sample of the panels, which are scanned first. A guess is checked at the end: if the
+// k-th result does not reach it, the query is scanned again without. So it decides the time taken, never the
+// answer.
 #include "mips_topk/mips_topk.h"
 
 #include <algorithm>
@@ -196,13 +201,17 @@ PackedQueries pack_queries(Dtype dtype, const KernelSet& kernels, const float* q
                        last_width};
   packed.bound.assign(padded, {0, 0, 0, 1, true});
   std::vector<uint16_t> bfloat16(dim);
-  std::vector<int8_t> int8(dim);
+  std::vector<int16_t> integers(dim);
+  // Four int8 to a step; or four int16, as fine as sums in 32 bits allow: |offset| and |sum| stay below 2^31.
+  const int limit =
+      step_bytes == 4 ? 127 : static_cast<int>(std::min<int64_t>(32767, 0x7fffffff / (128 * dim)));
   for (int64_t q = 0; q < num_queries; ++q) {
     const int64_t group = q / kGroupQueries;
     const int64_t width = group + 1 == num_groups ? last_width : kGroupQueries;
-    char* out =
-        packed.data.data + group * steps * kGroupQueries * step_bytes + (q % kGroupQueries) * step_bytes;
+    // A step of 4 bytes is whole; one of 8 comes as two halves, each for all queries of the group.
+    char* out = packed.data.data + group * steps * kGroupQueries * step_bytes + (q % kGroupQueries) * 4;
     const int64_t stride = width * step_bytes;
+    const int64_t half_stride = width * 4;
     const float* values = queries + q * dim;
     if (dtype == Dtype::float32) {
       for (int64_t d = 0; d < dim; ++d) std::memcpy(out + d * stride, values + d, sizeof(float));
@@ -224,20 +233,20 @@ PackedQueries pack_queries(Dtype dtype, const KernelSet& kernels, const float* q
           std::memcpy(out + (d / 2) * stride + (d % 2) * 2, &bfloat16[d], 2);
         } else {
           const uint32_t bits = static_cast<uint32_t>(bfloat16[d]) << 16;
-          std::memcpy(out + (d / 2) * stride + (d % 2) * 4, &bits, 4);
+          std::memcpy(out + d * half_stride, &bits, 4);
         }
       }
       scan_error = gamma(2.0 * static_cast<double>(dim) + 6);
     } else {
-      quantised = quantise_int8(values, dim, int8.data());
+      quantised = quantise_integers(values, dim, limit, integers.data());
       int32_t sum = 0;
       for (int64_t d = 0; d < dim; ++d) {
-        sum += int8[d];
+        sum += integers[d];
         if (step_bytes == 4) {
-          std::memcpy(out + (d / 4) * stride + d % 4, &int8[d], 1);
+          const auto value = static_cast<int8_t>(integers[d]);
+          std::memcpy(out + (d / 4) * stride + d % 4, &value, 1);
         } else {
-          const int16_t value = int8[d];
-          std::memcpy(out + (d / 4) * stride + (d % 4) * 2, &value, 2);
+          std::memcpy(out + (d / 2) * half_stride + (d % 2) * 2, &integers[d], 2);
         }
       }
       packed.offset.data[q] = -128 * sum;
@@ -326,9 +335,13 @@ struct Task {
   int64_t first_group, end_group;
 };
 
+int64_t reservoir_capacity(int64_t keep) { return 2 * keep + 32; }
+
 struct Candidate {  // of a certified scan
   float lower, upper;
   uint32_t key, row;
+
+  float estimate() const { return lower + (upper - lower) / 2; }
 };
 
 // One pass: one block of queries over one segment of rows.
@@ -346,8 +359,15 @@ struct Pass {
   std::unique_ptr<std::atomic<uint64_t>[]> best;  // packed: a lower bound of the k-th result
   std::unique_ptr<std::atomic<float>[]> certain;  // certified: a lower bound of the k-th score
   std::unique_ptr<std::atomic<bool>[]> overflowed;  // certified: the query must fall back
+  std::unique_ptr<std::atomic<bool>[]> misguessed;  // the query must be scanned again without guesses
+  std::vector<uint64_t> guess;                      // packed: a result below it is none; 0: proven
   std::atomic<bool> out_of_memory{false};
-  int64_t capacity, budget;
+  int64_t budget;
+  // Of the stage: how many a reservoir keeps, and whether thresholds are guesses.
+  int64_t keep = 0;
+  bool guessing = false;
+
+  int64_t capacity() const { return reservoir_capacity(keep); }
 
   const uint32_t* key_of_row() const { return index != nullptr ? index->key_of_row : nullptr; }
 };
@@ -373,6 +393,7 @@ struct Worker {
   std::vector<float> certain;
   std::vector<std::vector<Candidate>> candidates;
   std::vector<float> scratch;
+  std::unique_ptr<Aligned<char>> widened;
   std::unique_ptr<RowPacker> packer;
   const Slab* slab = nullptr;
   int64_t run_row = 0;       // the segment row of the run's first panel
@@ -400,8 +421,8 @@ struct Worker {
 
   void compact(int64_t query, int64_t next_row) {
     std::vector<uint64_t>& kept = results[query];
-    const uint64_t value = select_largest(kept.data(), static_cast<int64_t>(kept.size()), pass.search.k);
-    kept.resize(pass.search.k);
+    const uint64_t value = select_largest(kept.data(), static_cast<int64_t>(kept.size()), pass.keep);
+    kept.resize(pass.keep);
     best[query] = raise_to(pass.best[query], value);
     set_threshold(query, next_row);
   }
@@ -418,7 +439,7 @@ struct Worker {
       const uint64_t result = pack_result(scores[lane] * scale, key);
       if (result <= best[query] || is_excluded(pass, query, key)) continue;
       kept.push_back(result);
-      if (static_cast<int64_t>(kept.size()) >= pass.capacity) compact(query, panel_row + kPanelRows);
+      if (static_cast<int64_t>(kept.size()) >= pass.capacity()) compact(query, panel_row + kPanelRows);
     }
   }
 
@@ -445,8 +466,8 @@ struct Worker {
   void compact_certified(int64_t query) {
     std::vector<Candidate>& kept = candidates[query];
     scratch.resize(kept.size());
-    for (size_t i = 0; i < kept.size(); ++i) scratch[i] = kept[i].lower;
-    const float kth = select_largest(scratch.data(), static_cast<int64_t>(scratch.size()), pass.search.k);
+    for (size_t i = 0; i < kept.size(); ++i) scratch[i] = pass.guessing ? kept[i].estimate() : kept[i].lower;
+    const float kth = select_largest(scratch.data(), static_cast<int64_t>(scratch.size()), pass.keep);
     certain[query] = raise_to(pass.certain[query], kth);
     const float least = certain[query];
     std::erase_if(kept, [least](const Candidate& c) { return c.upper < least; });
@@ -475,10 +496,10 @@ struct Worker {
       if (upper < certain[query] || is_excluded(pass, query, key)) continue;
       kept.push_back({score - error, upper, key, static_cast<uint32_t>(row)});
       // Twice what the last compaction left, at least: amortised, a candidate is compacted a few times.
-      if (static_cast<int64_t>(kept.size()) >= pass.capacity && kept.size() == kept.capacity()) {
+      if (static_cast<int64_t>(kept.size()) >= pass.capacity() && kept.size() == kept.capacity()) {
         compact_certified(query);
         if (pass.overflowed[query].load(std::memory_order_relaxed)) return;
-        kept.reserve(std::max<size_t>(2 * kept.size(), pass.capacity));
+        kept.reserve(std::max<size_t>(2 * kept.size(), pass.capacity()));
       }
     }
   }
@@ -541,12 +562,17 @@ struct Worker {
         .last_width = pass.packed.last_width,
         .query_offset = pass.packed.offset.data,
         .row_scale = nullptr,
+        .widened = nullptr,
         .threshold = threshold.data,
         .accept = pass.certify ? accept_certified_thunk : accept_thunk,
         .context = this,
     };
     const auto kernel = pass.kernels.scan[static_cast<int>(pass.dtype)];
     if (slab != nullptr) {
+      if (pass.kernels.query_step_bytes[static_cast<int>(pass.dtype)] != kStepBytes) {
+        if (widened == nullptr) widened = std::make_unique<Aligned<char>>(2 * panel_bytes);
+        scan.widened = widened->data;
+      }
       scan.panels = static_cast<const char*>(slab->panels) + task.first_panel * panel_bytes;
       if (slab->scale != nullptr) scan.row_scale = slab->scale + run_slab_row;
       kernel(scan);
@@ -563,7 +589,21 @@ struct Worker {
   }
 };
 
-std::vector<Task> make_tasks(const Pass& pass) {
+// What is scanned together, and how many rows a query keeps at least; the last stage holds most of the
+// panels.
+struct Stage {
+  std::vector<Task> tasks;
+  int64_t keep;
+};
+
+// How many rows of a sample to keep, so that the least of them is hardly ever above the k-th result of all:
+// the number of results that a random sample of this share holds, and over four standard deviations more.
+int64_t sample_keep(int64_t k, double share) {
+  const double expected = static_cast<double>(k) * share;
+  return static_cast<int64_t>(expected + 4 * std::sqrt(expected) + 8);
+}
+
+std::vector<Stage> make_stages(const Pass& pass) {
   const int64_t panel_bytes = steps_of(pass.dtype, pass.search.dim) * kPanelRows * kStepBytes;
   const int64_t threads = std::max(pass.search.num_threads, 1);
   int64_t total_panels = 0;
@@ -580,19 +620,48 @@ std::vector<Task> make_tasks(const Pass& pass) {
   const int64_t parts =
       threads == 1 ? 1 : std::clamp<int64_t>(threads * 4 / std::max<int64_t>(chunks, 1), 1, (groups + 3) / 4);
   const int64_t part_groups = (groups + parts - 1) / parts;
-  std::vector<Task> tasks;
+  // Samples: the first panel of every eighth run, then that of the other runs. Whole runs would not do: where
+  // similar rows stand together, they would be sampled together.
+  const bool sample = pass.search.guess && parts == 1 && chunk >= 4 && chunks >= 64;
+  constexpr int kStages = 3;
+  std::vector<Task> tasks[kStages];
+  int64_t run = 0;
   for (size_t s = 0; s < pass.stretches.size(); ++s) {
     const Stretch& stretch = pass.stretches[s];
     const int64_t first = stretch.slab_row / kPanelRows;
     const int64_t end = first + (stretch.num_rows + kPanelRows - 1) / kPanelRows;
-    for (int64_t p = first; p < end; p += chunk) {
+    for (int64_t p = first; p < end; p += chunk, ++run) {
+      const int64_t count = std::min(chunk, end - p);
+      const int64_t sampled = sample ? 1 : 0;
       for (int64_t g = 0; g < groups; g += part_groups) {
-        tasks.push_back(
-            {static_cast<int32_t>(s), p, std::min(chunk, end - p), g, std::min(g + part_groups, groups)});
+        const int64_t end_group = std::min(g + part_groups, groups);
+        const auto stretch_index = static_cast<int32_t>(s);
+        if (sample) tasks[run % 8 == 0 ? 0 : 1].push_back({stretch_index, p, 1, g, end_group});
+        if (count > sampled) {
+          tasks[kStages - 1].push_back({stretch_index, p + sampled, count - sampled, g, end_group});
+        }
       }
     }
   }
-  return tasks;
+  const int64_t k = pass.search.k;
+  std::vector<Stage> stages;
+  std::vector<Task> pending;
+  int64_t panels = 0;
+  for (int stage = 0; stage < kStages; ++stage) {
+    pending.insert(pending.end(), tasks[stage].begin(), tasks[stage].end());
+    for (const Task& task : tasks[stage]) panels += task.num_panels;
+    if (stage + 1 == kStages) {
+      stages.push_back({std::move(pending), std::min(k, total_panels * kPanelRows)});
+      break;
+    }
+    if (pending.empty()) continue;
+    const int64_t keep = sample_keep(k, static_cast<double>(panels) / static_cast<double>(total_panels));
+    if (keep < k / 4 * 3 && keep < panels / 2) {
+      stages.push_back({std::move(pending), keep});
+      pending = {};
+    }
+  }
+  return stages;
 }
 
 // Float32 scores of single rows, by the scan's own kernel: the same bits.
@@ -617,6 +686,7 @@ class Rescorer {
         .last_width = 1,
         .query_offset = nullptr,
         .row_scale = nullptr,
+        .widened = nullptr,
         .threshold = &threshold_,
         .accept =
             [](void* out, int64_t, int64_t, uint64_t mask, const float* found) {
@@ -681,6 +751,8 @@ struct Driver {
   std::vector<RowMatrix> matrices = {};  // instead of the index's slabs
   SearchStats stats = {};
   KernelSet kernels = choose_kernels();
+  std::vector<int64_t> fallen = {};   // queries to answer by a scan of the originals
+  std::vector<int64_t> repeats = {};  // queries to scan again without guesses
 
   bool certified() const {
     return matrices.empty() && index != nullptr && index->dtype != Dtype::float32 && index->exact;
@@ -743,25 +815,22 @@ struct Driver {
     }
     if (certified() && search.k >= std::max<int64_t>(total_rows / 4, 1)) return scan_originals_for_all();
     const int64_t threads = std::max(search.num_threads, 1);
-    const int64_t capacity = 2 * std::min(search.k, total_rows) + 32;
+    const int64_t capacity = reservoir_capacity(std::min(search.k, total_rows));
     const int64_t bytes_per_query =
         capacity * (certified() ? int64_t{sizeof(Candidate)} : int64_t{8}) * threads;
     const int64_t block = std::clamp<int64_t>(
         kReservoirBytes / bytes_per_query / kGroupQueries * kGroupQueries, kGroupQueries, kQueriesPerPass);
-    std::vector<int64_t> fallen;
     for (int64_t q = 0; q < search.num_queries; q += block) {
-      const int64_t count = std::min(block, search.num_queries - q);
-      if (!search_block(parts, q, count, capacity, fallen)) return false;
+      if (!search_block(parts, q, std::min(block, search.num_queries - q))) return false;
     }
-    return fallen.empty() || scan_originals(fallen);
+    return (fallen.empty() || scan_originals(fallen)) && (repeats.empty() || repeat(repeats));
   }
 
-  bool search_block(const std::vector<std::vector<Stretch>>& parts, int64_t first, int64_t count,
-                    int64_t capacity, std::vector<int64_t>& fallen) {
+  bool search_block(const std::vector<std::vector<Stretch>>& parts, int64_t first, int64_t count) {
     const Dtype dtype = index != nullptr && matrices.empty() ? index->dtype : Dtype::float32;
     const PackedQueries packed =
         pack_queries(dtype, kernels, search.queries + first * search.dim, count, search.dim);
-    std::vector<bool> has_fallen(count, false);
+    std::vector<bool> has_fallen(count, false), was_misguessed(count, false);
     int64_t segment_row = 0;
     for (size_t part = 0; part < parts.size(); ++part) {
       int64_t rows = 0;
@@ -780,7 +849,8 @@ struct Driver {
                 .best = std::make_unique<std::atomic<uint64_t>[]>(packed.padded),
                 .certain = std::make_unique<std::atomic<float>[]>(packed.padded),
                 .overflowed = std::make_unique<std::atomic<bool>[]>(packed.padded),
-                .capacity = capacity,
+                .misguessed = std::make_unique<std::atomic<bool>[]>(packed.padded),
+                .guess = std::vector<uint64_t>(packed.padded, 0),
                 .budget = index != nullptr && index->max_candidates > 0
                               ? std::max(index->max_candidates, search.k)
                               : std::max(kCandidateBudget, 16 * search.k)};
@@ -788,11 +858,19 @@ struct Driver {
         pass.certain[q].store(-kInfinity, std::memory_order_relaxed);
         pass.overflowed[q].store(has_fallen_or_uncertified(pass, q, has_fallen), std::memory_order_relaxed);
       }
-      if (!scan(pass, part > 0, has_fallen)) return false;
+      if (!scan(pass, part > 0)) return false;
+      for (int64_t q = 0; q < count; ++q) {
+        has_fallen[q] = has_fallen[q] || (pass.certify && pass.overflowed[q].load());
+        was_misguessed[q] = was_misguessed[q] || pass.misguessed[q].load();
+      }
       segment_row += rows;
     }
     for (int64_t q = 0; q < count; ++q) {
-      if (has_fallen[q]) fallen.push_back(first + q);
+      if (has_fallen[q]) {
+        fallen.push_back(first + q);
+      } else if (was_misguessed[q]) {
+        repeats.push_back(first + q);
+      }
     }
     return true;
   }
@@ -801,49 +879,95 @@ struct Driver {
     return q < pass.num_queries && (has_fallen[q] || !pass.packed.bound[q].certified);
   }
 
-  bool scan(Pass& pass, bool merge, std::vector<bool>& has_fallen) {
-    const std::vector<Task> tasks = make_tasks(pass);
-    const int threads = static_cast<int>(
-        std::clamp<int64_t>(static_cast<int64_t>(tasks.size()), 1, std::max(search.num_threads, 1)));
+  bool scan(Pass& pass, bool merge) {
+    const std::vector<Stage> stages = make_stages(pass);
+    const int threads = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(stages.back().tasks.size()),
+                                                             1, std::max(search.num_threads, 1)));
     std::vector<std::unique_ptr<Worker>> workers(threads);
     for (auto& worker : workers) worker = std::make_unique<Worker>(pass);
+    for (const Stage& stage : stages) {
+      pass.keep = stage.keep;
+      pass.guessing = &stage != &stages.back();
+      if (!for_all(pass, static_cast<int64_t>(stage.tasks.size()), threads,
+                   [&](int64_t task, int worker) { workers[worker]->run(stage.tasks[task]); })) {
+        return false;
+      }
+      if (pass.guessing && !for_queries(pass, threads, [&](int64_t q) { guess(pass, workers, q); }))
+        return false;
+    }
+    std::atomic<int64_t> rescored{0};
+    if (!for_queries(pass, threads, [&](int64_t q) {
+          rescored.fetch_add(finish_query(pass, workers, q, merge), std::memory_order_relaxed);
+        })) {
+      return false;
+    }
+    stats.rescored += rescored.load();
+    return true;
+  }
+
+  // False when poll stopped it.
+  template <class Body>
+  bool for_all(Pass& pass, int64_t num_tasks, int threads, const Body& body) {
     const bool completed = parallel_for(
-        static_cast<int64_t>(tasks.size()), threads,
+        num_tasks, threads,
         [&](int64_t task, int worker) {
           if (pass.out_of_memory.load(std::memory_order_relaxed)) return;
           const DefaultFloatEnvironment environment;
           try {
-            workers[worker]->run(tasks[task]);
-          } catch (const std::bad_alloc&) {
-            pass.out_of_memory.store(true, std::memory_order_relaxed);
-          }
-        },
-        search.poll);
-    if (!completed) return false;
-    std::atomic<int64_t> rescored{0};
-    constexpr int64_t kQueriesPerTask = 4;
-    const bool merged = parallel_for(
-        (pass.num_queries + kQueriesPerTask - 1) / kQueriesPerTask, threads,
-        [&](int64_t task, int) {
-          if (pass.out_of_memory.load(std::memory_order_relaxed)) return;
-          const DefaultFloatEnvironment environment;
-          try {
-            const int64_t end = std::min((task + 1) * kQueriesPerTask, pass.num_queries);
-            for (int64_t q = task * kQueriesPerTask; q < end; ++q) {
-              rescored.fetch_add(finish_query(pass, workers, q, merge), std::memory_order_relaxed);
-            }
+            body(task, worker);
           } catch (const std::bad_alloc&) {
             pass.out_of_memory.store(true, std::memory_order_relaxed);
           }
         },
         search.poll);
     if (pass.out_of_memory.load()) throw std::bad_alloc();
-    if (!merged) return false;
-    stats.rescored += rescored.load();
-    for (int64_t q = 0; pass.certify && q < pass.num_queries; ++q) {
-      if (pass.overflowed[q].load()) has_fallen[q] = true;
+    return completed;
+  }
+
+  template <class Body>
+  bool for_queries(Pass& pass, int threads, const Body& body) {
+    constexpr int64_t kQueriesPerTask = 4;
+    return for_all(pass, (pass.num_queries + kQueriesPerTask - 1) / kQueriesPerTask, threads,
+                   [&](int64_t task, int) {
+                     const int64_t end = std::min((task + 1) * kQueriesPerTask, pass.num_queries);
+                     for (int64_t q = task * kQueriesPerTask; q < end; ++q) body(q);
+                   });
+  }
+
+  // Raises a query's threshold to what its best rows so far, `keep` of them in different panels, suggest.
+  // Similar rows often stand together; counted one by one, a panel of them would promise as many in every
+  // panel.
+  void guess(Pass& pass, const std::vector<std::unique_ptr<Worker>>& workers, int64_t query) {
+    std::vector<std::pair<uint32_t, uint64_t>> found;  // panel, packed
+    for (const auto& worker : workers) {
+      if (pass.certify) {
+        for (const Candidate& c : worker->candidates[query]) {
+          found.emplace_back(c.row / kPanelRows, pack_result(c.estimate(), c.key));
+        }
+      } else {
+        for (const uint64_t result : worker->results[query]) {
+          found.emplace_back(key_of(result) / kPanelRows, result);
+        }
+      }
     }
-    return true;
+    std::sort(found.begin(), found.end(), std::greater<>());
+    std::vector<uint64_t> best;  // of each panel
+    for (size_t i = 0; i < found.size(); ++i) {
+      if (i == 0 || found[i].first != found[i - 1].first) best.push_back(found[i].second);
+    }
+    if (static_cast<int64_t>(best.size()) >= pass.keep) {
+      const uint64_t value = select_largest(best.data(), static_cast<int64_t>(best.size()), pass.keep);
+      if (pass.certify) {
+        raise_to(pass.certain[query], score_of(value));
+      } else {
+        raise_to(pass.best[query], value);
+      }
+    }
+    // Compactions in the stage have guessed as well.
+    const float certain = pass.certify ? pass.certain[query].load() : -kInfinity;
+    pass.guess[query] = !pass.certify          ? pass.best[query].load()
+                        : certain > -kInfinity ? pack_result(certain, ~0u)
+                                               : 0;
   }
 
   // Merges the workers' reservoirs of a query into its results; returns how many rows were re-scored.
@@ -853,13 +977,19 @@ struct Driver {
     if (pass.certify) {
       if (pass.overflowed[query].load(std::memory_order_relaxed)) return 0;
       rescored = rescore(pass, workers, query, results);
-      if (rescored < 0) return 0;
     } else {
       for (const auto& worker : workers) {
         results.insert(results.end(), worker->results[query].begin(), worker->results[query].end());
       }
     }
     const int64_t out = (pass.first_query + query) * search.k;
+    if (pass.guess[query] != 0) {
+      const int64_t found = static_cast<int64_t>(results.size());
+      if (found < search.k || select_largest(results.data(), found, search.k) < pass.guess[query]) {
+        pass.misguessed[query].store(true, std::memory_order_relaxed);
+        return rescored;
+      }
+    }
     if (!merge) {
       write_results(pass, results, search.scores + out, search.keys + out);
     } else {
@@ -891,36 +1021,57 @@ struct Driver {
       const int64_t row = irregular - pass.segment_row;
       if (row < 0 || row >= segment_rows) continue;
       const uint32_t key = index->key_of_row != nullptr ? index->key_of_row[row] : static_cast<uint32_t>(row);
-      if (!is_excluded(pass, query, key)) candidates.push_back({0, 0, key, static_cast<uint32_t>(row)});
+      if (!is_excluded(pass, query, key))
+        candidates.push_back({kInfinity, kInfinity, key, static_cast<uint32_t>(row)});
     }
+    // First as many as there are results, those most certain to be good: what they turn out to be worth then
+    // rules out many of the others.
+    const int64_t count = static_cast<int64_t>(candidates.size());
+    const int64_t first = std::min(search.k, count);
+    std::nth_element(candidates.begin(), candidates.begin() + first, candidates.end(),
+                     [](const Candidate& a, const Candidate& b) { return a.lower > b.lower; });
+    score_originals(pass, query, candidates.data(), candidates.data() + first, results);
+    std::vector<Candidate> rest(candidates.begin() + first, candidates.end());
+    if (static_cast<int64_t>(results.size()) >= search.k) {
+      std::vector<uint64_t> scored = results;
+      const float least =
+          score_of(select_largest(scored.data(), static_cast<int64_t>(scored.size()), search.k));
+      std::erase_if(rest, [least](const Candidate& c) { return c.upper < least; });
+    }
+    score_originals(pass, query, rest.data(), rest.data() + rest.size(), results);
+    return first + static_cast<int64_t>(rest.size());
+  }
+
+  // Appends the float32 results of candidates, which it sorts by row.
+  void score_originals(const Pass& pass, int64_t query, Candidate* begin, Candidate* end,
+                       std::vector<uint64_t>& results) {
     Rescorer rescorer(kernels, search.dim);
     const float* values = search.queries + (pass.first_query + query) * search.dim;
+    std::sort(begin, end, [](const Candidate& a, const Candidate& b) { return a.row < b.row; });
     // Candidates lie anywhere in memory: fetch a batch of rows while the one before is scored.
-    const auto prefetch = [&](size_t begin) {
-      for (size_t i = begin; i < std::min(begin + kPanelRows, candidates.size()); ++i) {
-        const char* row =
-            reinterpret_cast<const char*>(original_row(pass.stretches, candidates[i].row, search.dim));
+    const auto batch_end = [end](const Candidate* from) {
+      return from + std::min<int64_t>(kPanelRows, end - from);
+    };
+    const auto prefetch = [&](const Candidate* from) {
+      for (const Candidate* c = from; c != batch_end(from); ++c) {
+        const char* row = reinterpret_cast<const char*>(original_row(pass.stretches, c->row, search.dim));
         for (int64_t byte = 0; byte < search.dim * int64_t{sizeof(float)}; byte += 64)
           __builtin_prefetch(row + byte);
       }
     };
-    std::sort(candidates.begin(), candidates.end(),
-              [](const Candidate& a, const Candidate& b) { return a.row < b.row; });
-    prefetch(0);
-    for (size_t begin = 0; begin < candidates.size(); begin += kPanelRows) {
-      const size_t end = std::min(begin + kPanelRows, candidates.size());
-      prefetch(end);
+    prefetch(begin);
+    for (const Candidate* batch = begin; batch != end; batch = batch_end(batch)) {
+      prefetch(batch_end(batch));
       const float* rows[kPanelRows] = {};
-      for (size_t i = begin; i < end; ++i)
-        rows[i - begin] = original_row(pass.stretches, candidates[i].row, search.dim);
+      for (const Candidate* c = batch; c != batch_end(batch); ++c) {
+        rows[c - batch] = original_row(pass.stretches, c->row, search.dim);
+      }
       float scores[kPanelRows];
       rescorer.score(values, rows, scores);
-      for (size_t i = begin; i < end; ++i) {
-        if (scores[i - begin] > -kInfinity)
-          results.push_back(pack_result(scores[i - begin], candidates[i].key));
+      for (const Candidate* c = batch; c != batch_end(batch); ++c) {
+        if (scores[c - batch] > -kInfinity) results.push_back(pack_result(scores[c - batch], c->key));
       }
     }
-    return static_cast<int64_t>(candidates.size());
   }
 
   bool scan_originals_for_all() {
@@ -931,6 +1082,23 @@ struct Driver {
 
   // Answers the named queries by a float32 scan of the original rows.
   bool scan_originals(const std::vector<int64_t>& which) {
+    IndexSearch plain;
+    plain.key_of_row = index->key_of_row;
+    std::vector<RowMatrix> rows;
+    for (const Slab& slab : index->slabs)
+      rows.push_back({slab.originals, slab.num_rows, search.dim, RowType::float32});
+    stats.fell_back += static_cast<int64_t>(which.size());
+    return search_again(which, &plain, rows, search.guess);
+  }
+
+  // Answers the named queries without guesses.
+  bool repeat(const std::vector<int64_t>& which) {
+    stats.repeated += static_cast<int64_t>(which.size());
+    return search_again(which, index, matrices, false);
+  }
+
+  bool search_again(const std::vector<int64_t>& which, const IndexSearch* what,
+                    const std::vector<RowMatrix>& rows, bool guess) {
     const int64_t count = static_cast<int64_t>(which.size());
     std::vector<float> queries(count * search.dim), scores(count * search.k);
     std::vector<int64_t> excluded(count * search.num_excluded), keys(count * search.k);
@@ -945,18 +1113,16 @@ struct Driver {
     again.excluded = excluded.data();
     again.scores = scores.data();
     again.keys = keys.data();
-    std::vector<RowMatrix> rows;
-    for (const Slab& slab : index->slabs)
-      rows.push_back({slab.originals, slab.num_rows, search.dim, RowType::float32});
-    IndexSearch plain;
-    plain.key_of_row = index->key_of_row;
-    Driver driver{.search = again, .index = &plain, .matrices = std::move(rows)};
+    again.guess = guess;
+    Driver driver{.search = again, .index = what, .matrices = rows};
     if (!driver.run()) return false;
     for (int64_t i = 0; i < count; ++i) {
       std::copy_n(scores.data() + i * search.k, search.k, search.scores + which[i] * search.k);
       std::copy_n(keys.data() + i * search.k, search.k, search.keys + which[i] * search.k);
     }
-    stats.fell_back += count;
+    stats.rescored += driver.stats.rescored;
+    stats.fell_back += driver.stats.fell_back;
+    stats.repeated += driver.stats.repeated;
     return true;
   }
 };

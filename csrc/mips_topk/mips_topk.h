@@ -46,6 +46,7 @@ struct Search {
   int num_threads = 1;
   std::function<bool()> poll;                   // called now and then by the calling thread; false stops
   int64_t max_segment_rows = int64_t{1} << 31;  // rows that one pass addresses with 32 bits; tests lower it
+  bool guess = true;                            // thresholds from samples, where that pays
   float* scores = nullptr;                      // out [num_queries][k]
   int64_t* keys = nullptr;                      // out [num_queries][k]
 };
@@ -63,6 +64,7 @@ struct IndexSearch {
 struct SearchStats {
   int64_t rescored = 0;   // rows scored again in float32
   int64_t fell_back = 0;  // queries answered by a float32 scan of the originals
+  int64_t repeated = 0;   // queries scanned again because what a sample promised did not hold
 };
 
 // Both return false when poll stopped them; the output is then undefined. Throw std::bad_alloc, and
@@ -97,10 +99,12 @@ void load_rows(int64_t dim, const float* panels, const int64_t* rows, int64_t nu
 // --- Shared by the two files ---
 
 struct QuantisedQuery {
-  float scale;            // int8: value = scale * integer
+  float scale;            // integers: value = scale * integer
   double norm, residual;  // |q|, |q - quantised q|
 };
 QuantisedQuery quantise_bfloat16(const float* values, int64_t dim, uint16_t* out);
-QuantisedQuery quantise_int8(const float* values, int64_t dim, int8_t* out);
+// To integers of at most `limit`, which must be below 2^22. For int8_t and int16_t.
+template <class Integer>
+QuantisedQuery quantise_integers(const float* values, int64_t dim, int limit, Integer* out);
 
 }  // namespace realm_fast::mips

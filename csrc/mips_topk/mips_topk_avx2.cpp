@@ -16,21 +16,23 @@ constexpr int kTileRows = 8 * kVectors;
   return value;
 }
 
-[[gnu::always_inline]] inline int64_t int64_at(const char* p) {
-  int64_t value;
+[[gnu::always_inline]] inline int int_at(const char* p) {
+  int value;
   __builtin_memcpy(&value, p, sizeof value);
   return value;
 }
 
 struct Float32Op {
   static constexpr int kQueryStepBytes = 4;
+  static constexpr int kTileSteps = 1;
   static constexpr int kMaxWidth = 4;  // queries in a tile: 12 accumulators of 16 registers
   struct Acc {
     __m256 value;
   };
   [[gnu::always_inline]] static inline Acc start() { return {_mm256_setzero_ps()}; }
+  static const char* widen(const ScanRun&, const char* panel) { return panel; }
 
-  template <int W>
+  template <int W, int kStride>
   [[gnu::always_inline]] static inline void step(Acc (&acc)[W][kVectors], const char* panel,
                                                  const char* queries) {
     const __m256 rows[kVectors] = {_mm256_loadu_ps((const float*)panel),
@@ -51,13 +53,38 @@ struct Float32Op {
   }
 };
 
+// Widens a panel of bfloat16 pairs to two steps of float32: from then on it is a float32 panel, bit for bit
+// the same chains, and many queries share the conversion.
+struct WidenedBfloat16Op : Float32Op {
+  static constexpr int kQueryStepBytes = 8;
+  static constexpr int kTileSteps = 2;  // steps of a tile in a step of the panel
+
+  static const char* widen(const ScanRun& run, const char* panel) {
+    const __m256i high = _mm256_set1_epi32(-65536);
+    char* out = run.widened;
+    for (int64_t s = 0; s < run.steps; ++s) {
+      for (int byte = 0; byte < kPanelRows * kStepBytes; byte += 32) {
+        const __m256i pair = _mm256_loadu_si256((const __m256i*)(panel + byte));
+        _mm256_storeu_si256((__m256i*)(out + byte), _mm256_slli_epi32(pair, 16));
+        _mm256_storeu_si256((__m256i*)(out + kPanelRows * kStepBytes + byte), _mm256_and_si256(pair, high));
+      }
+      panel += kPanelRows * kStepBytes;
+      out += 2 * kPanelRows * kStepBytes;
+    }
+    return run.widened;
+  }
+};
+
+// Converts on the way: for so few queries that writing a widened panel costs more.
 struct Bfloat16Op {
   static constexpr int kQueryStepBytes = 8;
-  static constexpr int kMaxWidth = 4;
+  static constexpr int kTileSteps = 1;
+  static constexpr int kMaxWidth = 2;
   using Acc = Float32Op::Acc;
   [[gnu::always_inline]] static inline Acc start() { return {_mm256_setzero_ps()}; }
+  static const char* widen(const ScanRun&, const char* panel) { return panel; }
 
-  template <int W>
+  template <int W, int kStride>
   [[gnu::always_inline]] static inline void step(Acc (&acc)[W][kVectors], const char* panel,
                                                  const char* queries) {
 #pragma GCC unroll 2
@@ -69,9 +96,9 @@ struct Bfloat16Op {
         rows[v] = _mm256_castsi256_ps(half == 0 ? _mm256_slli_epi32(pair, 16)
                                                 : _mm256_and_si256(pair, _mm256_set1_epi32(-65536)));
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
-        const __m256 query = _mm256_set1_ps(float_at(queries + 8 * w + 4 * half));
+        const __m256 query = _mm256_set1_ps(float_at(queries + 4 * (kStride * half + w)));
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) {
           acc[w][v].value = _mm256_fmadd_ps(rows[v], query, acc[w][v].value);
@@ -85,39 +112,66 @@ struct Bfloat16Op {
   }
 };
 
-// uint8 rows and int16 queries through vpmaddwd (vpmaddubsw would saturate). A step yields two partial sums a
-// row; they are folded at the end. Integers: exact in any order.
+// uint8 rows and int16 queries through vpmaddwd (vpmaddubsw would saturate), the rows widened to int16 once
+// for all queries, as two steps of pairs. Integers: exact in any order.
 struct Int8Op {
   static constexpr int kQueryStepBytes = 8;
-  static constexpr int kMaxWidth = 2;  // two registers an accumulator
+  static constexpr int kTileSteps = 2;
+  static constexpr int kMaxWidth = 4;
   struct Acc {
-    __m256i low, high;  // rows 0..3 and 4..7, two sums each
+    __m256i value;
   };
-  [[gnu::always_inline]] static inline Acc start() {
-    return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+  [[gnu::always_inline]] static inline Acc start() { return {_mm256_setzero_si256()}; }
+
+  static const char* widen(const ScanRun& run, const char* panel) {
+    const char z = -1;  // a zero byte
+    const __m256i first =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, z, 1, z, 4, z, 5, z, 8, z, 9, z, 12, z, 13, z));
+    const __m256i second =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(2, z, 3, z, 6, z, 7, z, 10, z, 11, z, 14, z, 15, z));
+    char* out = run.widened;
+    for (int64_t s = 0; s < run.steps; ++s) {
+      for (int byte = 0; byte < kPanelRows * kStepBytes; byte += 32) {
+        const __m256i quads = _mm256_loadu_si256((const __m256i*)(panel + byte));
+        const __m256i low = _mm256_shuffle_epi8(quads, first);
+        const __m256i high = _mm256_shuffle_epi8(quads, second);
+        _mm256_storeu_si256((__m256i*)(out + byte), low);
+        _mm256_storeu_si256((__m256i*)(out + kPanelRows * kStepBytes + byte), high);
+      }
+      panel += kPanelRows * kStepBytes;
+      out += 2 * kPanelRows * kStepBytes;
+    }
+    return run.widened;
   }
 
-  template <int W>
+  template <int W, int kStride>
   [[gnu::always_inline]] static inline void step(Acc (&acc)[W][kVectors], const char* panel,
                                                  const char* queries) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) {
-      const __m256i low = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(panel + 32 * v)));
-      const __m256i high = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(panel + 32 * v + 16)));
+    // 12 accumulators, two vectors of rows, a query and a product fill the registers; the third vector comes
+    // from the cache each time. As assembly: left to itself, GCC 12 keeps many products and spills
+    // accumulators.
+    const __m256i rows[2] = {_mm256_loadu_si256((const __m256i*)panel),
+                             _mm256_loadu_si256((const __m256i*)(panel + 32))};
+    const __m256i_u& third = *(const __m256i_u*)(panel + 64);
+    __m256i product;
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) {
-        const __m256i query = _mm256_set1_epi64x(int64_at(queries + 8 * w));
-        acc[w][v].low = _mm256_add_epi32(acc[w][v].low, _mm256_madd_epi16(low, query));
-        acc[w][v].high = _mm256_add_epi32(acc[w][v].high, _mm256_madd_epi16(high, query));
+    for (int w = 0; w < W; ++w) {
+      const __m256i query = _mm256_set1_epi32(int_at(queries + 4 * w));
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
+            : "+x"(acc[w][v].value), "=&x"(product)
+            : "x"(rows[v]), "x"(query));
       }
+      asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(acc[w][2].value), "=&x"(product)
+          : "m"(third), "x"(query));
     }
   }
 
   [[gnu::always_inline]] static inline __m256 finish(const ScanRun& run, int64_t query, int64_t row,
                                                      const Acc& acc) {
-    // hadd interleaves the 128-bit halves: rows 0 1 4 5 | 2 3 6 7.
-    const __m256i sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(acc.low, acc.high), 0xd8);
-    const __m256i total = _mm256_add_epi32(sums, _mm256_set1_epi32(run.query_offset[query]));
+    const __m256i total = _mm256_add_epi32(acc.value, _mm256_set1_epi32(run.query_offset[query]));
     return _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_loadu_ps(run.row_scale + row));
   }
 };
@@ -145,11 +199,11 @@ template <class Op, int W, int kStride>
     for (int v = 0; v < kVectors; ++v) acc[w][v] = Op::start();
   }
   const char* rows = panel_data + first_row * kStepBytes;
-  const int64_t steps = run.steps;
+  const int64_t steps = run.steps * Op::kTileSteps;
   for (int64_t s = 0; s < steps; ++s) {
-    Op::template step<W>(acc, rows, queries);
+    Op::template step<W, kStride>(acc, rows, queries);
     rows += kPanelRows * kStepBytes;
-    queries += kStride * Op::kQueryStepBytes;
+    queries += kStride * Op::kQueryStepBytes / Op::kTileSteps;
   }
   __m256 scores[W][kVectors];
   __m256 passed = _mm256_setzero_ps();
@@ -181,7 +235,7 @@ template <class Op, int kWidth>
   constexpr int W = kWidth < Op::kMaxWidth ? kWidth : Op::kMaxWidth;
   for (int first_row = 0; first_row < kPanelRows; first_row += kTileRows) {
     for (int w = 0; w < kWidth; w += W) {
-      tile<Op, W, kWidth>(run, data, queries + w * Op::kQueryStepBytes, query + w, panel, first_row);
+      tile<Op, W, kWidth>(run, data, queries + 4 * w, query + w, panel, first_row);
     }
   }
 }
@@ -190,7 +244,7 @@ template <class Op>
 [[gnu::always_inline]] inline void scan(const ScanRun& run) {
   const int64_t group_bytes = run.steps * kGroupQueries * Op::kQueryStepBytes;
   for (int64_t panel = 0; panel < run.num_panels; ++panel) {
-    const char* data = run.panels + panel * run.panel_bytes;
+    const char* data = Op::widen(run, run.panels + panel * run.panel_bytes);
     for (int64_t group = run.first_group; group < run.end_group; ++group) {
       const char* queries = run.queries + group * group_bytes;
       const int64_t query = group * kGroupQueries;
@@ -212,7 +266,13 @@ template <class Op>
 }
 
 void scan_float32(const ScanRun& run) { scan<Float32Op>(run); }
-void scan_bfloat16(const ScanRun& run) { scan<Bfloat16Op>(run); }
+void scan_bfloat16(const ScanRun& run) {
+  if (run.num_groups == 1 && run.last_width <= Bfloat16Op::kMaxWidth) {
+    scan<Bfloat16Op>(run);
+  } else {
+    scan<WidenedBfloat16Op>(run);
+  }
+}
 void scan_int8(const ScanRun& run) { scan<Int8Op>(run); }
 
 [[gnu::always_inline]] inline void transpose_8x8(const float* const* rows, int64_t column, int64_t ahead,

@@ -49,7 +49,7 @@ struct DecodeBfloat16Op {
       }
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) {
-        const __m512 query = _mm512_set1_ps(float_at(queries + 8 * w + 4 * half));
+        const __m512 query = _mm512_set1_ps(float_at(queries + 4 * (W * half + w)));
 #pragma GCC unroll 3
         for (int v = 0; v < kVectors; ++v) acc[w][v] = _mm512_fmadd_ps(rows[v], query, acc[w][v]);
       }

@@ -128,7 +128,7 @@ void bind_mips_topk(py::module_& m) {
           completed = mips::topk_index(search, index, stats);
         }
         if (!completed) throw py::error_already_set();
-        return std::make_tuple(stats.rescored, stats.fell_back);
+        return std::make_tuple(stats.rescored, stats.fell_back, stats.repeated);
       },
       py::arg("dtype"), py::arg("slabs"), py::arg("dim"), py::arg("queries"), py::arg("num_queries"),
       py::arg("k"), py::arg("excluded"), py::arg("num_excluded"), py::arg("key_of_row"),

@@ -13,7 +13,7 @@ struct Float32Op {
   static constexpr int kQueryStepBytes = 4;
   using Sum = float;
   static float start(const ScanRun&, int64_t) { return 0.0f; }
-  static void step(float (&sum)[kTileRows], const char* rows, const char* query) {
+  static void step(float (&sum)[kTileRows], const char* rows, const char* query, int) {
     float q, x[kTileRows];
     std::memcpy(&q, query, sizeof q);
     std::memcpy(x, rows, sizeof x);
@@ -26,10 +26,11 @@ struct Bfloat16Op {
   static constexpr int kQueryStepBytes = 8;
   using Sum = float;
   static float start(const ScanRun&, int64_t) { return 0.0f; }
-  static void step(float (&sum)[kTileRows], const char* rows, const char* query) {
+  static void step(float (&sum)[kTileRows], const char* rows, const char* query, int width) {
     float q[2], x[kTileRows];
     uint32_t pairs[kTileRows], bits[kTileRows];
-    std::memcpy(q, query, sizeof q);
+    std::memcpy(q, query, sizeof *q);
+    std::memcpy(q + 1, query + 4 * width, sizeof *q);
     std::memcpy(pairs, rows, sizeof pairs);
     for (int i = 0; i < kTileRows; ++i) bits[i] = pairs[i] << 16;
     std::memcpy(x, bits, sizeof x);
@@ -45,10 +46,11 @@ struct Int8Op {
   static constexpr int kQueryStepBytes = 8;
   using Sum = int32_t;
   static int32_t start(const ScanRun& run, int64_t query) { return run.query_offset[query]; }
-  static void step(int32_t (&sum)[kTileRows], const char* rows, const char* query) {
+  static void step(int32_t (&sum)[kTileRows], const char* rows, const char* query, int width) {
     int16_t q[4];
     uint8_t x[4 * kTileRows];
-    std::memcpy(q, query, sizeof q);
+    std::memcpy(q, query, 2 * sizeof *q);
+    std::memcpy(q + 2, query + 4 * width, 2 * sizeof *q);
     std::memcpy(x, rows, sizeof x);
     for (int i = 0; i < kTileRows; ++i) {
       for (int j = 0; j < 4; ++j) sum[i] += static_cast<int32_t>(x[4 * i + j]) * q[j];
@@ -73,9 +75,9 @@ void scan(const ScanRun& run) {
           typename Op::Sum sum[kTileRows];
           for (int i = 0; i < kTileRows; ++i) sum[i] = Op::start(run, query);
           const char* rows = data + first * kStepBytes;
-          const char* values = run.queries + group * group_bytes + w * Op::kQueryStepBytes;
+          const char* values = run.queries + group * group_bytes + 4 * w;
           for (int64_t s = 0; s < run.steps; ++s) {
-            Op::step(sum, rows, values);
+            Op::step(sum, rows, values, width);
             rows += kPanelRows * kStepBytes;
             values += width * Op::kQueryStepBytes;
           }

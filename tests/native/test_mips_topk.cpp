@@ -210,6 +210,40 @@ TEST(mips_topk_falls_back_when_candidates_overflow) {
   });
 }
 
+// Large k over many panels: thresholds are guessed from a sample, the first panel of every run of 32 first.
+TEST(mips_topk_guesses_are_checked) {
+  at_every_level([] {
+    Data data{110'000, 4, 17, std::vector<float>(110'000 * 4), std::vector<float>(17 * 4)};
+    std::mt19937 random(17);
+    std::normal_distribution<float> value;
+    for (float& x : data.blocks) x = value(random);
+    for (float& x : data.query_values) x = value(random);
+    const std::vector<int64_t> excluded(17, 5);
+    for (const bool misleading : {false, true}) {
+      // The sampled panels hold all the good rows: the sample promises 32 times too many.
+      for (int64_t n = 0; misleading && n < data.rows; ++n) {
+        if (n / kPanelRows % 32 != 0) {
+          for (int64_t d = 0; d < data.dim; ++d) data.blocks[n * data.dim + d] *= 0.01f;
+        }
+      }
+      for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::int8}) {
+        const HeapIndex index(dtype, data);
+        Answer guessed, proven;
+        SearchStats stats;
+        Search search = request(data, 200, excluded, 1, 1, proven);
+        search.guess = false;
+        CHECK(topk_index(search, index.search(), stats));
+        CHECK(stats.repeated == 0);
+        for (const int threads : {1, 3}) {
+          CHECK(topk_index(request(data, 200, excluded, 1, threads, guessed), index.search(), stats));
+          CHECK(guessed == proven);
+          CHECK((stats.repeated > 0) == misleading);
+        }
+      }
+    }
+  });
+}
+
 TEST(mips_topk_searches_at_once) {
   const Data data = integers(2000, 24, 6, 13);
   const HeapIndex index(Dtype::int8, data);
