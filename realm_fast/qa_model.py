@@ -148,15 +148,30 @@ def index_of(
 
 
 def load_qa_model(
-    run: RunFolder, config: Config, checkpoint: str = "auto", *, progress: bool = False
+    run: RunFolder,
+    config: Config,
+    checkpoint: str = "auto",
+    *,
+    corpus: TokenStore | None = None,
+    progress: bool = False,
 ) -> QaModel:
-    """Loads what answers questions in `run`. `checkpoint`: see the module's docstring; or a folder of one.
+    """Loads what answers questions in `run`.
+
+    Args:
+        checkpoint: see the module's docstring; or a folder of one.
+        corpus: answer from this one instead of the run's: the same models, nothing trained again. Its index
+            is embedded the first time and kept in RUN/corpora.
 
     Raises:
         DataError: there is no such checkpoint.
-        ProvenanceError: checkpoint, index and corpus do not belong together.
+        ProvenanceError: checkpoint, index and corpus do not belong together, or another tokenizer made
+            `corpus`.
     """
-    store = run.store()
+    store = run.store() if corpus is None else corpus
+    own_corpus = store.corpus_hash == run.manifest["corpus_hash"]
+    snapshots = run.evaluate_dir / "snapshots"
+    if not own_corpus:
+        snapshots = run.path / "corpora" / store.corpus_hash[:16]
     if checkpoint not in CHECKPOINTS:
         found: Checkpoint | None = read_checkpoint(checkpoint)
         held = {name for name in ("span_reader", "reader") if (Path(checkpoint) / name).is_dir()}
@@ -179,12 +194,12 @@ def load_qa_model(
         embedder = Embedder.load(found.module_folder("embedder"))
         name, step = _name_in(run, found.path), found.step
         _check_tokenizer(embedder, store, str(found.path))
-    if found is not None and stage == "finetune":
+    if found is not None and stage == "finetune" and own_corpus:
         return _finetuned(run, found, embedder, store, name)
-    path = index_of(
-        run, embedder, store, config, out=run.evaluate_dir / "snapshots", step=step, progress=progress
-    )
+    path = index_of(run, embedder, store, config, out=snapshots, step=step, progress=progress)
     index = open_snapshot(path, expect=Provenance(embedder.hash(), store.corpus_hash, step)).index
+    if found is not None and stage == "finetune":
+        return _with_span_reader(found, embedder, store, name, index)
     notes = [f"{name}: not fine-tuned, so it retrieves blocks but reads no answers out of them."]
     return QaModel(name, stage, embedder.eval(), None, index, store, ReadSettings.of(config), notes=notes)
 
@@ -205,17 +220,21 @@ def _finetuned(
         run.path / state["snapshot"],
         expect=Provenance(state["block_encoder_hash"], state["corpus_hash"], checkpoint.step),
     ).index
-    span_reader = SpanReader.load(checkpoint.module_folder("span_reader"))
-    settings = ReadSettings(**state["read_settings"])
+    return _with_span_reader(checkpoint, embedder, store, name, index)
+
+
+def _with_span_reader(
+    checkpoint: Checkpoint, embedder: Embedder, store: TokenStore, name: str, index: Index
+) -> QaModel:
     return QaModel(
         name,
         "finetune",
         embedder.eval(),
-        span_reader.eval(),
+        SpanReader.load(checkpoint.module_folder("span_reader")).eval(),
         index,
         store,
-        settings,
-        started_from=state["started_from"],
+        ReadSettings(**checkpoint.state["read_settings"]),
+        started_from=checkpoint.state["started_from"],
     )
 
 
