@@ -119,7 +119,7 @@ def test_the_closest_block_wins_and_copies_are_no_evidence(tmp_path):
             "the old town of nobu has a river , Xobu .",
             "the old town of nobu has a river , Xobu . many people live in it",  # holds the whole sentence
             "a country has many mountains and Xobu .",
-            "which people live in old nobu ? in Xobu .",
+            "many people live in the old town of nobu and Xobu .",
             "the old town of nobu has a river , Xobua .",  # another word, with the span's pieces at its start
             "the old town of nobu has a river , Xobu .",  # the same text
         ],
