@@ -66,7 +66,13 @@ class Answer:
 
 
 def ask(
-    run: RunFolder, question: str, *, top: int = 5, reader_beam: int | None = None, checkpoint: str = "auto"
+    run: RunFolder,
+    question: str,
+    *,
+    top: int = 5,
+    reader_beam: int | None = None,
+    checkpoint: str = "auto",
+    corpus: TokenStore | None = None,
 ) -> list[Answer]:
     """The best answers to `question`, best first, fewer than `top` if no more spans were read.
 
@@ -76,14 +82,16 @@ def ask(
     Args:
         reader_beam: blocks that are read (default: evaluate.reader_beam of the run).
         checkpoint: as for `evaluate`.
+        corpus: answer from this one instead of the run's; nothing is trained again.
 
     Raises:
         UserError: the question is empty, or the run holds nothing to answer from.
+        ProvenanceError: another tokenizer made `corpus`.
     """
     if top < 1:
         raise UserError(f"top: expected at least 1, got {top}")
     config = run.config()
-    model = load_qa_model(run, config, checkpoint, progress=True)
+    model = load_qa_model(run, config, checkpoint, corpus=corpus, progress=True)
     return answer_with(model, question, top=top, reader_beam=reader_beam or config.evaluate.reader_beam)
 
 

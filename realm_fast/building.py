@@ -1,17 +1,24 @@
-"""What long builds of flat-file artifacts share: one builder at a time, and files written while hashed."""
+"""What long builds of flat-file artifacts share: one builder at a time, parts that a killed build keeps, and
+files written while hashed.
+"""
 
 import contextlib
 import fcntl
 import hashlib
+import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import safetensors
 
-from realm_fast.errors import UserError
-from realm_fast.files import STAGING_PREFIX, disk_errors
+from realm_fast import progress as progress_bars
+from realm_fast.errors import CorruptArtifactError, UserError
+from realm_fast.files import STAGING_PREFIX, atomic_dir, disk_errors, write_json
+from realm_fast.workers import map_unordered
 
 
 @contextlib.contextmanager
@@ -46,6 +53,82 @@ def remove_leftovers(out: Path) -> None:
     """Deletes the staging folders that killed builds of `out` left beside it; call while holding the lock."""
     for leftover in out.parent.glob(f"{STAGING_PREFIX}{out.name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def build_parts(
+    work: Path,
+    num_blocks: int,
+    *,
+    part_blocks: int,
+    fingerprint: Sequence[Any],
+    setup: str,
+    argument: Any,
+    num_workers: int,
+    what: str,
+    progress: bool,
+) -> list[Path]:
+    """One file for every `part_blocks` blocks; those an earlier, killed build finished are kept.
+
+    Args:
+        work: the folder that `exclusive` made.
+        fingerprint: JSON values; parts of other values are not reused.
+        setup, argument, num_workers: as in `workers.map_unordered`; a task is (start, stop, path).
+        what: for bars and messages ("find salient spans").
+    """
+    for leftover in work.glob(f"{STAGING_PREFIX}*"):
+        leftover.unlink(missing_ok=True)
+    name = hashlib.sha256(json.dumps(list(fingerprint)).encode()).hexdigest()[:16]
+    starts = range(0, num_blocks, part_blocks)
+    parts = [work / f"{start:010d}-{name}.safetensors" for start in starts]
+    with progress_bars.bar(total=num_blocks, desc=what, unit="block", enabled=progress) as bar:
+        tasks = []
+        for start, part in zip(starts, parts, strict=True):
+            stop = min(start + part_blocks, num_blocks)
+            if part.exists():
+                bar.update(stop - start)
+            else:
+                tasks.append((start, stop, str(part)))
+        workers = min(num_workers, len(starts))
+        for (start, stop, _), _ in map_unordered(setup, argument, tasks, num_workers=workers, what=what):
+            bar.update(stop - start)
+    return parts
+
+
+def merge_parts(
+    parts: Sequence[Path],
+    out: Path,
+    arrays: Mapping[str, str],
+    manifest_of: Callable[[list[dict[str, str]], dict[str, "ArrayWriter"]], dict[str, Any]],
+) -> None:
+    """Joins the arrays of all parts into the flat files of the new folder `out`, manifest.json beside them.
+
+    Args:
+        arrays: name -> dtype; one called `offsets` counts on from part to part.
+        manifest_of: (metadata of every part, the writers) -> the manifest; "files" is added.
+    """
+    notes: list[dict[str, str]] = []
+    with atomic_dir(out) as staging, contextlib.ExitStack() as stack:
+        writers = {
+            name: ArrayWriter(
+                stack.enter_context(open(staging / f"{name}.bin", "wb")), dtype, is_offsets=name == "offsets"
+            )
+            for name, dtype in arrays.items()
+        }
+        for path in parts:
+            try:
+                with safetensors.safe_open(path, framework="np") as file:
+                    notes.append(file.metadata())
+                    for name, writer in writers.items():
+                        writer.append(file.get_tensor(name))
+            except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                raise CorruptArtifactError(
+                    f"{path}: a finished part cannot be read ({error}); it was deleted, "
+                    "run the same command again."
+                ) from error
+        files = {name: writer.finish() for name, writer in writers.items()}
+        write_json(staging / "manifest.json", {**manifest_of(notes, writers), "files": files})
 
 
 class ArrayWriter:

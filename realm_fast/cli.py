@@ -55,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="realm-fast",
         description="Train REALM-style models: a retriever and a masked language model learned jointly, "
         "through an exact search over an index that is refreshed while training runs.",
-        epilog="A whole run: realm-fast corpus build --out CORPUS; realm-fast pretrain RUN --corpus CORPUS; "
+        epilog="A whole run: realm-fast corpus build --out CORPUS; realm-fast ict RUN --corpus CORPUS; "
+        "realm-fast warmup RUN; realm-fast pretrain RUN; "
         "realm-fast finetune RUN; "
         "realm-fast evaluate RUN; realm-fast report RUN; realm-fast ask RUN QUESTION. "
         "`realm-fast COMMAND --help` explains each; `realm-fast info --settings` lists every setting.",
@@ -136,6 +137,16 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top", type=int, default=5, metavar="K", help="how many blocks (default 5)")
     sub.add_argument("--corpus", metavar="CORPUS", help="the token store, for an index folder")
 
+    for name, run_it, help in (
+        ("ict", _ict, "warm up the embedder: find the block that a sentence was cut from"),
+        ("warmup", _warmup, "warm up the reader: predict masked spans from blocks that hold them too"),
+    ):
+        sub = add(name, run_it, help, with_settings=True)
+        sub.add_argument("run", metavar="RUN", help="the run's folder; made if it does not exist")
+        sub.add_argument("--corpus", metavar="CORPUS", help="a token store (needed for a new run)")
+        sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+        sub.add_argument("--steps", type=int, help=f"short for --set {name}.steps=…")
+
     sub = add(
         "pretrain",
         _pretrain,
@@ -180,6 +191,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN")
     sub.add_argument("question")
     sub.add_argument("--top", type=int, default=3, metavar="N", help="how many answers (default 3)")
+    sub.add_argument(
+        "--corpus", metavar="CORPUS", help="answer from another token store; nothing is trained again"
+    )
 
     sub = add(
         "explain",
@@ -338,6 +352,20 @@ def _open_run(arguments: argparse.Namespace, **short: object) -> "tuple[RunFolde
     return RunFolder.open_or_create(path, config, store), config
 
 
+def _ict(arguments: argparse.Namespace) -> None:
+    from realm_fast.ict import ict
+
+    run, config = _open_run(arguments, ict__steps=arguments.steps)
+    ict(run, config, resume=arguments.resume, progress=True)
+
+
+def _warmup(arguments: argparse.Namespace) -> None:
+    from realm_fast.warmup import warmup
+
+    run, config = _open_run(arguments, warmup__steps=arguments.steps)
+    warmup(run, config, resume=arguments.resume, progress=True)
+
+
 def _pretrain(arguments: argparse.Namespace) -> None:
     from realm_fast.train import pretrain
 
@@ -373,10 +401,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _ask(arguments: argparse.Namespace) -> None:
     from realm_fast.answer import ask, format_answers
     from realm_fast.run_folder import RunFolder
+    from realm_fast.token_store import TokenStore
 
     if arguments.top < 1:
         raise UserError(f"--top: expected at least 1, got {arguments.top}")
-    print(format_answers(ask(RunFolder(arguments.run), arguments.question, top=arguments.top)))
+    run = RunFolder(arguments.run)
+    corpus = TokenStore.open(arguments.corpus) if arguments.corpus else None
+    print(format_answers(ask(run, arguments.question, top=arguments.top, corpus=corpus)))
 
 
 def _explain(arguments: argparse.Namespace) -> None:

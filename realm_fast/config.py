@@ -108,6 +108,17 @@ class PretrainConfig:
     exclude_trivial: bool = setting(True, "drop the block a query was cut from, and near-copies of it")
     use_null_block: bool = setting(True, "the empty block in slot 0")
     train_retriever: bool = setting(True, "let the gradient into the embedder")
+    freeze_retriever_steps: int = setting(
+        0,
+        "the reader learns alone for so many steps, as an untrained one teaches the embedder noise",
+        minimum=0,
+    )
+    start_embedder: str = setting(
+        "", "folder of a saved embedder (default: the run's `ict` stage if it has one, else embedder.trunk)"
+    )
+    start_reader: str = setting(
+        "", "folder of a saved reader (default: the run's `warmup` stage if it has one, else reader.trunk)"
+    )
     reader_lr: float = setting(3e-5, "peak learning rate of the reader", minimum=0.0)
     embedder_lr: float = setting(3e-5, "peak learning rate of the embedder", minimum=0.0)
     warmup_steps: int = setting(
@@ -120,6 +131,48 @@ class PretrainConfig:
     keep_checkpoints: int = setting(2, "older ones are deleted", minimum=1)
     log_every_steps: int = setting(10, "a line in metrics.jsonl", minimum=1)
     illustrations: int = setting(6, "masked sentences followed through the model for the report", minimum=0)
+
+
+@dataclass(frozen=True)
+class IctConfig:
+    steps: int = setting(1000, "optimizer steps", minimum=1)
+    batch_queries: int = setting(
+        256, "sentences in one step; every other one's block is a negative (published: 4096)", minimum=2
+    )
+    keep_sentence_probability: float = setting(
+        0.1, "how often the sentence stays in its block", minimum=0.0, maximum=1.0
+    )
+    max_query_tokens: int = setting(64, "wordpieces in a sentence, special tokens included", minimum=8)
+    score_temperature: float = setting(1.0, "scores are divided by this before the softmax", minimum=1e-6)
+    cache_gradients: bool = setting(
+        True, "hold the graph of one pack instead of the whole batch, for a second forward pass"
+    )
+    token_budget: int = setting(8192, "tokens in one pack of rows, padding included", minimum=512)
+    embedder_lr: float = setting(1e-4, "peak learning rate of the embedder", minimum=0.0)
+    warmup_steps: int = setting(-1, "linear warm-up (-1: a tenth of steps)", minimum=-1)
+    weight_decay: float = setting(0.01, "AdamW; not on biases and LayerNorm", minimum=0.0)
+    clip_grad_norm: float = setting(1.0, "global gradient norm (0: no clipping)", minimum=0.0)
+    precision: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast")
+    checkpoint_every_steps: int = setting(200, "and at the end, and on SIGINT or SIGTERM", minimum=1)
+    keep_checkpoints: int = setting(1, "older ones are deleted", minimum=1)
+    log_every_steps: int = setting(10, "a line in metrics.jsonl", minimum=1)
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    steps: int = setting(1000, "optimizer steps", minimum=1)
+    batch_queries: int = setting(64, "masked sentences in one step", minimum=1)
+    evidence_probability: float = setting(
+        0.8, "how often the reader sees the evidence; otherwise the null block", minimum=0.0, maximum=1.0
+    )
+    reader_lr: float = setting(1e-4, "peak learning rate of the reader", minimum=0.0)
+    warmup_steps: int = setting(-1, "linear warm-up (-1: a tenth of steps)", minimum=-1)
+    weight_decay: float = setting(0.01, "AdamW; not on biases and LayerNorm", minimum=0.0)
+    clip_grad_norm: float = setting(1.0, "global gradient norm (0: no clipping)", minimum=0.0)
+    precision: Literal["float32", "bfloat16"] = setting("float32", "bfloat16: autocast")
+    checkpoint_every_steps: int = setting(200, "and at the end, and on SIGINT or SIGTERM", minimum=1)
+    keep_checkpoints: int = setting(1, "older ones are deleted", minimum=1)
+    log_every_steps: int = setting(10, "a line in metrics.jsonl", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -226,6 +279,8 @@ class Config:
     reader: ReaderConfig = field(default_factory=ReaderConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    ict: IctConfig = field(default_factory=IctConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

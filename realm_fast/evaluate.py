@@ -120,8 +120,8 @@ def evaluate(
     """Answers the questions that `config.evaluate` names and writes results.json and predictions.jsonl.
 
     Args:
-        checkpoint: "finetune", "pretrain", "start", "auto" (the first of these there is), or a folder of
-            a checkpoint. Without fine-tuning there is recall but no exact match.
+        checkpoint: "finetune", "pretrain", "ict", "start", "auto" (the first of these there is), or a
+            folder of a checkpoint. Without fine-tuning there is recall but no exact match.
         before: also measure the recall of the retriever that fine-tuning started from.
         progress: show bars, and print the table to stdout.
 
@@ -145,9 +145,8 @@ def evaluate(
         sets = question_sets(run, config, model.store, progress=progress)
         earlier = None
         if before and model.stage == "finetune":
-            earlier = load_qa_model(
-                run, config, "start" if model.started_from == "warm start" else "pretrain", progress=progress
-            )
+            stage, slash, _ = str(model.started_from).partition("/")  # "pretrain/checkpoints/…", "warm start"
+            earlier = load_qa_model(run, config, stage if slash else "start", progress=progress)
         results: dict[str, Any] = {"checkpoint": model.name, "stage": model.stage, "sets": []}
         predictions: list[Prediction] = []
         for chosen in sets:

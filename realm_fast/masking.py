@@ -5,11 +5,9 @@ spans beside the token store. `Masker` then draws queries: a query is a pure fun
 (seed, step, rank, slot), so a resumed or re-sharded run sees the same ones.
 """
 
-import contextlib
+import copy
 import dataclasses
-import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,8 +20,14 @@ import safetensors
 import safetensors.numpy
 
 from realm_fast import packaged
-from realm_fast import progress as progress_bars
-from realm_fast.building import ArrayWriter, clear, exclusive, remove_leftovers
+from realm_fast.building import (
+    ArrayWriter,
+    build_parts,
+    clear,
+    exclusive,
+    merge_parts,
+    remove_leftovers,
+)
 from realm_fast.config import MaskingConfig
 from realm_fast.errors import (
     CorruptArtifactError,
@@ -32,9 +36,9 @@ from realm_fast.errors import (
     ProvenanceError,
     UserError,
 )
-from realm_fast.files import STAGING_PREFIX, atomic_dir, atomic_file, read_json, write_json
+from realm_fast.files import atomic_file, read_json
 from realm_fast.token_store import TokenStore, file_name
-from realm_fast.workers import default_num_workers, map_unordered
+from realm_fast.workers import default_num_workers
 
 # ---------------------------------------------------------------- taggers: text -> character spans
 
@@ -260,6 +264,17 @@ class SalientSpans:
         """The type of each span of block i ("PERSON", "DATE", ...)."""
         return [self.label_names[n] for n in self._labels[self.offsets[i] : self.offsets[i + 1]]]
 
+    def where(self, chosen: np.ndarray) -> "SalientSpans":
+        """Some of the spans, by a mask [num_spans] bool; in memory, for a Masker to draw from."""
+        if chosen.shape != (self.num_spans,) or chosen.dtype != bool:
+            raise ValueError(
+                f"chosen: expected [{self.num_spans}] bool, got {list(chosen.shape)} {chosen.dtype}"
+            )
+        part = copy.copy(self)
+        part._spans, part._labels = self._spans[chosen], self._labels[chosen]
+        part.offsets = np.concatenate([[0], np.cumsum(chosen)])[self.offsets]
+        return part
+
     def __reduce__(self) -> tuple:
         return SalientSpans.open, (self.path,)
 
@@ -294,37 +309,40 @@ def build_salient_spans(
     out = Path(out) if out is not None else spans_path(store, tagger)
     if out.exists():
         return SalientSpans.open(out, store)
-    num_workers = num_workers or default_num_workers()
     path = _tagger_path(tagger)
-    starts = range(0, len(store), _TASK_BLOCKS)
-    num_workers = min(num_workers, len(starts))
     work = out.parent / f".{out.name}.building"
     with exclusive(work, out):
         if out.exists():  # another process finished it meanwhile
             return SalientSpans.open(out, store)
         remove_leftovers(out)
-        for leftover in work.glob(f"{STAGING_PREFIX}*"):
-            leftover.unlink(missing_ok=True)
         identity = load_tagger(path).identity
-        settings = [_ALIGNMENT_VERSION, _SPANS_FORMAT_VERSION, store.corpus_hash, identity]
-        fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-        shards = [work / f"{start:010d}-{fingerprint}.safetensors" for start in starts]
-        with progress_bars.bar(
-            total=len(store), desc="find salient spans", unit="block", enabled=progress
-        ) as bar:
-            tasks = []
-            for start, shard in zip(starts, shards, strict=True):
-                stop = min(start + _TASK_BLOCKS, len(store))
-                if shard.exists():
-                    bar.update(stop - start)
-                else:
-                    tasks.append((start, stop, str(shard)))
-            setup = f"{__name__}:{tag_blocks.__name__}"
-            for (start, stop, _), _ in map_unordered(
-                setup, (str(store.path), path), tasks, num_workers=num_workers, what="find salient spans"
-            ):
-                bar.update(stop - start)
-        _merge_spans(shards, out, store, identity)
+        parts = build_parts(
+            work,
+            len(store),
+            part_blocks=_TASK_BLOCKS,
+            fingerprint=[_ALIGNMENT_VERSION, _SPANS_FORMAT_VERSION, store.corpus_hash, identity],
+            setup=f"{__name__}:{tag_blocks.__name__}",
+            argument=(str(store.path), path),
+            num_workers=num_workers or default_num_workers(),
+            what="find salient spans",
+            progress=progress,
+        )
+
+        def manifest_of(notes: list[dict[str, str]], writers: dict[str, ArrayWriter]) -> dict[str, Any]:
+            skipped: Counter[str] = Counter()
+            for note in notes:
+                skipped.update(json.loads(note["skipped"]))
+            return {
+                "format_version": _SPANS_FORMAT_VERSION,
+                "corpus_hash": store.corpus_hash,
+                "tagger": identity,
+                "label_names": list(SALIENT_LABELS),
+                "num_blocks": len(store),
+                "num_spans": writers["labels"].items,
+                "skipped": dict(sorted(skipped.items())),
+            }
+
+        merge_parts(parts, out, _SPAN_ARRAYS, manifest_of)
         clear(work)
     return SalientSpans.open(out, store)
 
@@ -414,45 +432,6 @@ def _unusable(aligned: tuple[int, int] | None, ids: np.ndarray, bounds: np.ndarr
     return ""
 
 
-def _merge_spans(shards: list[Path], out: Path, store: TokenStore, identity: str) -> None:
-    skipped: Counter[str] = Counter()
-    with atomic_dir(out) as staging, contextlib.ExitStack() as stack:
-        writers = {
-            name: ArrayWriter(
-                stack.enter_context(open(staging / file_name(name), "wb")),
-                dtype,
-                is_offsets=name == "offsets",
-            )
-            for name, dtype in _SPAN_ARRAYS.items()
-        }
-        for path in shards:
-            try:
-                with safetensors.safe_open(path, framework="np") as file:
-                    skipped.update(json.loads(file.metadata()["skipped"]))
-                    for name, writer in writers.items():
-                        writer.append(file.get_tensor(name))
-            except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                raise CorruptArtifactError(
-                    f"{path}: a finished part cannot be read ({error}); it was deleted, "
-                    "run the same command again."
-                ) from error
-        write_json(
-            staging / "manifest.json",
-            {
-                "format_version": _SPANS_FORMAT_VERSION,
-                "corpus_hash": store.corpus_hash,
-                "tagger": identity,
-                "label_names": list(SALIENT_LABELS),
-                "num_blocks": len(store),
-                "num_spans": writers["labels"].items,
-                "skipped": dict(sorted(skipped.items())),
-                "files": {name: writer.finish() for name, writer in writers.items()},
-            },
-        )
-
-
 # ---------------------------------------------------------------- queries
 
 _MAX_REDRAWS = 10_000
@@ -517,7 +496,7 @@ class Masker:
         self._seed = seed
         self._mask_id = store.tokenizer().mask_id
         self._word_starts = store.tokenizer().word_starts
-        self._blocks = _split_blocks(store, split)
+        self._blocks = split_blocks(store, split)
         if not len(self._blocks):
             raise DataError(f"{store.path}: too small for a {split} split ({store.num_documents} documents).")
 
@@ -613,7 +592,7 @@ class Masker:
         return Masker(self.store, config, self._seed, self.spans, split=self.split)
 
 
-def _split_blocks(store: TokenStore, split: str) -> np.ndarray:
+def split_blocks(store: TokenStore, split: str) -> np.ndarray:
     """Ids of the blocks of a split, ascending. Whole documents are held out, the same ones in every run."""
     if split not in ("all", "train", "heldout"):
         raise ValueError(f"split: expected 'all', 'train' or 'heldout', got {split!r}")

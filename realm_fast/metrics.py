@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -153,6 +153,15 @@ def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
     if (last := _as_object(tail)) is not None:  # complete but for its newline
         records.append(last)
     return records
+
+
+def write_evaluations(path: Path, when: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Adds lines about the moment `when` ("before", "after") to an evaluations.jsonl, or replaces them."""
+    earlier = read_jsonl(path, "the evaluations") if path.exists() else []
+    kept = [line for line in earlier if line["when"] != when]
+    with atomic_file(path, "w") as file:
+        for line in [*kept, *({"when": when, **line} for line in lines)]:
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _parse(line: bytes, where: str, what: str) -> dict[str, Any]:

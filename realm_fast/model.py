@@ -109,6 +109,11 @@ class RealmModel(nn.Module):
         if not train_retriever:
             embedder.eval()
 
+    def set_retriever_training(self, on: bool) -> None:
+        """Lets the gradient into the embedder, or not: then it is in evaluation mode, too."""
+        self.train_retriever = on
+        self.embedder.train(on and self.training)
+
     def train(self, mode: bool = True) -> "RealmModel":
         super().train(mode)
         if not self.train_retriever:

@@ -5,7 +5,6 @@ evaluations.jsonl    masked words of held-out sentences, with retrieval and with
 illustrations.json   a few masked sentences followed through the whole model, for the report
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from realm_fast.config import Config
 from realm_fast.errors import UserError
 from realm_fast.evaluate import QuestionSet, answer_ranks, parse_cutoffs, question_sets, recall_percent
 from realm_fast.explain import illustrate
-from realm_fast.files import atomic_file, write_json
+from realm_fast.files import write_json
 from realm_fast.masking import Masker
-from realm_fast.metrics import read_jsonl
+from realm_fast.metrics import read_jsonl, write_evaluations
 from realm_fast.model import RealmModel, realm_step
 from realm_fast.progress import bar
 from realm_fast.retriever import retrieve_candidates
@@ -61,11 +60,8 @@ class Probe:
             return
         with self.run.stage(f"measure {when}"):
             masked = self._masked_words(snapshot)
-            lines = [{"when": when, "step": snapshot.step, **row, **masked} for row in self._recall(snapshot)]
-            kept = [line for line in earlier if line["when"] != when]
-            with atomic_file(self.path, "w") as file:
-                for line in kept + lines:
-                    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+            lines = [{"step": snapshot.step, **row, **masked} for row in self._recall(snapshot)]
+            write_evaluations(self.path, when, lines)
 
     def illustrate(self, snapshot: IndexSnapshot, step: int) -> None:
         """Writes illustrations.json."""

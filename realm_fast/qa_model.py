@@ -2,8 +2,9 @@
 
     "finetune"   the newest fine-tuned checkpoint: question embedder, span reader, and their index
     "pretrain"   the newest pre-training checkpoint: retrieval alone
+    "ict"        the embedder that the inverse cloze task made: retrieval alone
     "start"      what the configuration's trunks are before any training in this run: retrieval alone
-    "auto"       the first of these three that there is
+    "auto"       the first of these four that there is
 
 An index belongs to an embedder if it was made by exactly its block side, which a hash tells. Where a run
 holds no such index (a refresh lags behind training), one is made.
@@ -30,17 +31,18 @@ from realm_fast.reading import ReadSettings
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import list_snapshots, open_snapshot, read_manifest, snapshot_name
 from realm_fast.snapshot_writer import write_snapshot
+from realm_fast.start import starting_models
 from realm_fast.token_store import TokenStore
 
 log = logging.getLogger(__name__)
-CHECKPOINTS = ("auto", "finetune", "pretrain", "start")
+CHECKPOINTS = ("auto", "finetune", "pretrain", "ict", "start")
 
 
 @dataclass(frozen=True)
 class StartingPoint:
     """What fine-tuning starts from."""
 
-    name: str  # "pretrain/checkpoints/step-00000200" or "warm start"
+    name: str  # "pretrain/checkpoints/step-00000200", "ict/checkpoints/step-00000250" or "warm start"
     step: int  # pre-training steps behind it
     embedder: Embedder
     reader: Reader
@@ -51,7 +53,7 @@ class QaModel:
     """What answers questions; `span_reader` is None before fine-tuning: then it only retrieves."""
 
     name: str
-    stage: str  # "finetune", "pretrain" or "start"
+    stage: str  # "finetune", "pretrain", "ict" or "start"
     embedder: Embedder
     span_reader: SpanReader | None
     index: Index
@@ -62,20 +64,20 @@ class QaModel:
 
 
 def starting_point(run: RunFolder, config: Config, store: TokenStore) -> StartingPoint:
-    """The newest pre-training checkpoint, or the configured trunks where there is none."""
+    """The newest pre-training checkpoint, or what pre-training would start from where there is none."""
     checkpoint = newest_checkpoint(run.pretrain_dir / "checkpoints")
     if checkpoint is not None:
         embedder = Embedder.load(checkpoint.module_folder("embedder"))
         reader = Reader.load(checkpoint.module_folder("reader"))
         _check_tokenizer(embedder, store, str(checkpoint.path))
         return StartingPoint(_name_in(run, checkpoint.path), checkpoint.step, embedder, reader)
-    embedder = untrained_embedder(config, store)
-    reader = Reader.from_config(config.reader, store.tokenizer())
-    return StartingPoint("warm start", 0, embedder, reader)
+    start = starting_models(run, config, store)
+    name = "warm start" if start.embedder_from == config.embedder.trunk else start.embedder_from
+    return StartingPoint(name, 0, start.embedder, start.reader)
 
 
 def untrained_embedder(config: Config, store: TokenStore) -> Embedder:
-    """The embedder before any training, as pre-training starts with it; a function of settings and seed."""
+    """The embedder before any training; a function of settings and seed."""
     torch.manual_seed(step_seed(config.seed, 0))
     return Embedder.from_config(config.embedder, store.tokenizer())
 
@@ -147,27 +149,43 @@ def index_of(
 
 
 def load_qa_model(
-    run: RunFolder, config: Config, checkpoint: str = "auto", *, progress: bool = False
+    run: RunFolder,
+    config: Config,
+    checkpoint: str = "auto",
+    *,
+    corpus: TokenStore | None = None,
+    progress: bool = False,
 ) -> QaModel:
-    """Loads what answers questions in `run`. `checkpoint`: see the module's docstring; or a folder of one.
+    """Loads what answers questions in `run`.
+
+    Args:
+        checkpoint: see the module's docstring; or a folder of one.
+        corpus: answer from this one instead of the run's: the same models, nothing trained again. Its index
+            is embedded the first time and kept in RUN/corpora.
 
     Raises:
         DataError: there is no such checkpoint.
-        ProvenanceError: checkpoint, index and corpus do not belong together.
+        ProvenanceError: checkpoint, index and corpus do not belong together, or another tokenizer made
+            `corpus`.
     """
-    store = run.store()
+    store = run.store() if corpus is None else corpus
+    own_corpus = store.corpus_hash == run.manifest["corpus_hash"]
+    snapshots = run.evaluate_dir / "snapshots"
+    if not own_corpus:
+        snapshots = run.path / "corpora" / store.corpus_hash[:16]
     if checkpoint not in CHECKPOINTS:
         found: Checkpoint | None = read_checkpoint(checkpoint)
-        stage = "finetune" if (Path(checkpoint) / "span_reader").is_dir() else "pretrain"
+        held = {name for name in ("span_reader", "reader") if (Path(checkpoint) / name).is_dir()}
+        stage = "finetune" if "span_reader" in held else "pretrain" if "reader" in held else "ict"
     else:
         found, stage = None, "start"
-        for candidate, folder in (("finetune", run.finetune_dir), ("pretrain", run.pretrain_dir)):
+        for candidate in ("finetune", "pretrain", "ict"):
             if checkpoint in ("auto", candidate):
-                found = newest_checkpoint(folder / "checkpoints")
+                found = newest_checkpoint(run.path / candidate / "checkpoints")
                 if found is not None:
                     stage = candidate
                     break
-        if found is None and checkpoint in ("finetune", "pretrain"):
+        if found is None and checkpoint in ("finetune", "pretrain", "ict"):
             raise DataError(
                 f"{run.path}: holds no {checkpoint} checkpoint; `realm-fast {checkpoint}` makes one."
             )
@@ -177,18 +195,20 @@ def load_qa_model(
         embedder = Embedder.load(found.module_folder("embedder"))
         name, step = _name_in(run, found.path), found.step
         _check_tokenizer(embedder, store, str(found.path))
-    if found is not None and stage == "finetune":
+    if found is not None and stage == "finetune" and own_corpus:
         return _finetuned(run, found, embedder, store, name)
     path = index_of(
         run,
         embedder.to(resolve_device(config.device)),
         store,
         config,
-        out=run.evaluate_dir / "snapshots",
+        out=snapshots,
         step=step,
         progress=progress,
     )
     index = open_snapshot(path, expect=Provenance(embedder.hash(), store.corpus_hash, step)).index
+    if found is not None and stage == "finetune":
+        return _with_span_reader(found, embedder, store, name, index)
     notes = [f"{name}: not fine-tuned, so it retrieves blocks but reads no answers out of them."]
     return QaModel(name, stage, embedder.eval(), None, index, store, ReadSettings.of(config), notes=notes)
 
@@ -209,17 +229,21 @@ def _finetuned(
         run.path / state["snapshot"],
         expect=Provenance(state["block_encoder_hash"], state["corpus_hash"], checkpoint.step),
     ).index
-    span_reader = SpanReader.load(checkpoint.module_folder("span_reader"))
-    settings = ReadSettings(**state["read_settings"])
+    return _with_span_reader(checkpoint, embedder, store, name, index)
+
+
+def _with_span_reader(
+    checkpoint: Checkpoint, embedder: Embedder, store: TokenStore, name: str, index: Index
+) -> QaModel:
     return QaModel(
         name,
         "finetune",
         embedder.eval(),
-        span_reader.eval(),
+        SpanReader.load(checkpoint.module_folder("span_reader")).eval(),
         index,
         store,
-        settings,
-        started_from=state["started_from"],
+        ReadSettings(**checkpoint.state["read_settings"]),
+        started_from=checkpoint.state["started_from"],
     )
 
 

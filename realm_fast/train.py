@@ -61,6 +61,7 @@ from realm_fast.snapshot import (
     retire_snapshot,
     trained_snapshot,
 )
+from realm_fast.start import starting_models
 from realm_fast.streams import training_stream
 
 WAIT_POLL_S = 0.02
@@ -241,6 +242,9 @@ class Pretrainer:
                     self.optimizer, step, warmup_steps=warmup, total_steps=settings.steps
                 )
                 torch.manual_seed(step_seed(self.config.seed, step))
+                self.model.set_retriever_training(
+                    settings.train_retriever and step > settings.freeze_retriever_steps
+                )
                 logged = step % settings.log_every_steps == 0 or step == settings.steps
                 means = self._forward_backward(step, with_accuracy=logged)
                 accuracy = means.pop("masked_accuracy")
@@ -351,11 +355,10 @@ class Pretrainer:
 
     def _load_model(self, checkpoint: Checkpoint | None) -> RealmModel:
         settings = self.config.pretrain
-        torch.manual_seed(step_seed(self.config.seed, 0))  # new layers are a function of the seed
         if checkpoint is None:
-            tokenizer = self.store.tokenizer()
-            embedder = Embedder.from_config(self.config.embedder, tokenizer)
-            reader = Reader.from_config(self.config.reader, tokenizer)
+            start = starting_models(self.run, self.config, self.store)
+            embedder, reader = start.embedder, start.reader
+            log.info("embedder: %s; reader: %s", start.embedder_from, start.reader_from)
             for note in (*embedder.notes, *reader.notes):
                 log.info("%s", note)
         else:

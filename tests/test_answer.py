@@ -1,9 +1,13 @@
+import dataclasses
+import json
+
 import pytest
 import qa_world
 import torch
 from qa_world import one_thread  # noqa: F401 (a fixture)
 
 from realm_fast.answer import Answer, answer_with, ask, format_answers, search_text
+from realm_fast.corpus import build_corpus
 from realm_fast.embedder import Embedder
 from realm_fast.errors import DataError, ProvenanceError, UserError
 from realm_fast.finetune import finetune
@@ -51,6 +55,35 @@ def test_it_answers_what_it_was_trained_on(tuned):
     asked = qa_world.questions(COUNT)
     right = [ask(tuned, q.text, top=1)[0].text.lower() in q.answers for q in asked[:8]]
     assert sum(right) >= 4
+
+
+def test_with_another_corpus_the_same_models_give_other_answers(folder, store, tuned, tmp_path):
+    """Every capital has moved one country on: what is answered must come from the blocks, not from weights."""
+    world = qa_world.countries(COUNT)
+    moved = {country: world[(i + 1) % COUNT][1] for i, (country, _, _) in enumerate(world)}
+    lines = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    for line, (country, capital, _) in zip(lines, world, strict=True):
+        line["text"] = line["text"].replace(capital.capitalize(), moved[country].capitalize())
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    settings = dataclasses.replace(qa_world.settings(folder).corpus, source=str(tmp_path / "corpus.jsonl"))
+    other = build_corpus(settings, tmp_path / "store", progress=False)
+    weights = {p: p.read_bytes() for p in tuned.finetune_dir.rglob("*.safetensors")}
+    followed = 0
+    for question, (country, capital, _) in zip(qa_world.questions(COUNT)[::2], world, strict=True):
+        before = ask(tuned, question.text, top=1)[0]
+        after = ask(tuned, question.text, top=1, corpus=other)[0]
+        assert after.block_text == other.text(after.block_id)
+        if before.text.lower() == capital:
+            followed += 1
+            assert after.text.lower() == moved[country], question.text
+    assert followed >= COUNT // 2
+    assert {p: p.read_bytes() for p in weights} == weights
+    kept = list((tuned.path / "corpora" / other.corpus_hash[:16]).iterdir())
+    assert len(kept) == 1  # embedded once
+    assert ask(tuned, QUESTION)[0].block_text == store.text(ask(tuned, QUESTION)[0].block_id)
+    strange = qa_world.make_store(tmp_path / "strange", COUNT + 1)
+    with pytest.raises(ProvenanceError, match="tokenizer"):
+        ask(tuned, QUESTION, corpus=strange)
 
 
 def test_probability_sums_over_the_same_words_in_all_blocks(tuned):

@@ -397,8 +397,8 @@ def test_small_corpora_hold_something_out_too(documents):
         def array(self, name):
             return np.arange(documents)
 
-    held = masking._split_blocks(Store(), "heldout")
-    train = masking._split_blocks(Store(), "train")
+    held = masking.split_blocks(Store(), "heldout")
+    train = masking.split_blocks(Store(), "train")
     assert len(held) == max(1, round(documents * 0.02))
     assert sorted([*held, *train]) == list(range(documents))
 

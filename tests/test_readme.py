@@ -31,7 +31,7 @@ def test_the_example_is_short():
 
 def test_the_commands_parse():
     commands = re.findall(r"^realm-fast (.*?)(?:  +#.*)?$", README, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 10
     import shlex
 
     for command in commands:

@@ -894,3 +894,32 @@ def test_block_texts_says_why_there_are_none(run):
     del manifest["corpus"]
     synthetic.write_json(run / "run.json", manifest)
     assert block_texts(RunData.read(run)) == "the run does not say where its corpus is"
+
+
+def test_warm_starts_have_a_section_when_they_were_run(run):
+    assert "warmstart" not in page_of(run).sections
+    ict = {"sentences": 256, "blocks": 10_033}
+    lines(run / "ict" / "evaluations.jsonl", [
+        {"when": "before", "step": 0, **ict, "recall": {"20": 5.0, "1": 1.5}},
+        {"when": "after", "step": 250, **ict, "recall": {"20": 61.7, "1": 23.4}},
+    ])  # fmt: skip
+    reading = dict.fromkeys(("accuracy_evidence", "accuracy_null", "accuracy_random"), 0.0)
+    counts = {"queries": 256, "spans": 61_894, "spans_with_evidence": 34_301}
+    nll = {"nll_evidence": 2.77, "nll_null": 3.96, "nll_random": 5.41}
+    lines(run / "warmup" / "evaluations.jsonl", [
+        {"when": "after", "step": 900, **counts, **nll, **reading | {"accuracy_evidence": 0.412}}
+    ])  # fmt: skip
+    shown = page_of(run).sections["warmstart"]
+    assert shown.index("@1") < shown.index("@20")
+    assert "before (step 0)1.55.0" in shown
+    assert "after (step 250)23.461.7" in shown
+    assert "2.773.965.4141.20.00.0" in shown
+    assert "34,301 of 61,894 salient spans" in shown
+    lines(run / "ict" / "evaluations.jsonl", [{"when": "before", "step": 0, **ict, "recall": {"1": 120}}])
+    with pytest.raises(CorruptArtifactError, match=r"recall.1: expected a number between 0 and 100, got 120"):
+        page_of(run)
+
+
+def lines(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -9,7 +9,7 @@ be missing; a malformed file is an error that names it. Where what is:
     markup.py          HTML escaped by construction, numbers as people read them
     charts.py          curves, before and after, bars: inline SVG
     illustration.py    the picture of REALM itself
-    summary.py, training.py, answers.py, record.py      the sections, in the page's order
+    summary.py, warmstart.py, training.py, answers.py, record.py      the sections, in the page's order
     refreshes.py       staleness, drift and the time line of refreshes, part of training.py's section
     ../assets/         report.css and report.js, put into the page
 """
@@ -29,6 +29,7 @@ from realm_fast.report.markup import raw, tag
 from realm_fast.report.record import configuration, cost, provenance
 from realm_fast.report.summary import summary
 from realm_fast.report.training import pretraining, what_changed
+from realm_fast.report.warmstart import warm_starts
 
 __all__ = ["block_texts", "render", "write_report"]
 
@@ -61,6 +62,7 @@ def render(data: RunData, text_of: Callable[[int], str] | str) -> str:
     """
     sections = [
         ("realm", "REALM in one picture", realm(data)),
+        *([("warmstart", "Warm starts", warm)] if (warm := warm_starts(data)) else []),
         ("pretraining", "Pre-training", pretraining(data)),
         ("retrieval", "What pre-training changed", what_changed(data)),
         ("answers", "Answering questions", answers(data)),

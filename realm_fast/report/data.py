@@ -104,6 +104,18 @@ EVALUATION = {
     "masked_nll_null?": Maybe(float),
     "retrieval_utility?": Maybe(float),
 }
+ICT_EVALUATION = {
+    "when": str,
+    "step": int,
+    "sentences": int,
+    "blocks": int,
+    "recall": {"*": Maybe(Percentage)},
+}
+WARMUP_EVALUATION = {
+    "when": str, "step": int, "queries": int, "spans": int, "spans_with_evidence": int,
+    "nll_evidence": float, "nll_null": float, "nll_random": float,
+    "accuracy_evidence": Share, "accuracy_null": Share, "accuracy_random": Share,
+}  # fmt: skip
 STAGE = {
     "stage": str,
     "seconds": float,
@@ -162,6 +174,8 @@ class RunData:
     settings: Record | None
     defaults: Record
     stages: list[Record] | None
+    ict_evaluations: list[Record] | None
+    warmup_evaluations: list[Record] | None
     metrics: list[Record] | None
     refreshes: list[Record] | None
     evaluations: list[Record] | None
@@ -191,6 +205,12 @@ class RunData:
             settings=_optional_json(path / "config.json", "the run's configuration", dict),
             defaults=Config().to_dict(),
             stages=_optional_lines(path / "stages.jsonl", "the stages", STAGE),
+            ict_evaluations=_optional_lines(
+                path / "ict" / "evaluations.jsonl", "the evaluations", ICT_EVALUATION
+            ),
+            warmup_evaluations=_optional_lines(
+                path / "warmup" / "evaluations.jsonl", "the evaluations", WARMUP_EVALUATION
+            ),
             metrics=_optional_metrics(path / "pretrain" / "metrics.jsonl"),
             refreshes=_optional_refreshes(path / "pretrain" / "refreshes.jsonl"),
             evaluations=_optional_lines(
