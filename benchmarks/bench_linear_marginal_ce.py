@@ -6,7 +6,11 @@ Peers, each followed by the same logsumexp marginal: eager torch, torch.compile 
 F.linear_cross_entropy without and with its chunking options (torch >= 2.13), and cut-cross-entropy's
 torch_compile path (which takes no bias and is run without one). Values and gradients of each are
 checked against float64 before anything is timed. Implementations take turns inside every repetition, so
-that a busy machine is busy for all; figures are medians with the range beside them.
+that a busy machine is busy for all; figures are medians with the range beside them, and the least processor
+time of a call (all threads), which other programs disturb less.
+
+The whole table takes long. Parts of it (--width, --vocab, --dtype, --only) go to files of their own (--out),
+and `--merge FILE...` makes one JSON file, table and plot of them.
 
 Peak extra memory is what the process grows by beyond what it held before the call and beyond the gradients
 it must return (Linux's VmHWM, reset before the call), in a process that has run the same call once before.
@@ -15,6 +19,7 @@ it must return (Linux's VmHWM, reset before the call), in a process that has run
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import platform
@@ -26,6 +31,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +39,7 @@ import torch.nn.functional as F
 import realm_fast as rf
 
 RESULTS = Path(__file__).resolve().parent / "results"
+CHART = RESULTS.parents[1] / "docs" / "ops" / "linear_marginal_ce.png"
 # A process for each figure takes long; these show what memory grows with: (H, V, dtype).
 MEMORY = {(128, 30522, "f32"), (768, 30522, "f32"), (768, 30522, "bf16"), (384, 250002, "f32")}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -198,17 +205,30 @@ def check_values(case: Case, runs: dict[str, Callable[..., torch.Tensor]]) -> di
     return errors
 
 
+class Timing(NamedTuple):
+    """Seconds of one call: on the clock, and of processor time."""
+
+    wall: float
+    cpu: float
+
+
+def timed(call: Callable[[], object]) -> Timing:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu)
+
+
 def time_together(
     calls: dict[str, Callable[[], object]], budget_seconds: float, least: int = 2, most: int = 15
-) -> dict[str, list[float]]:
-    """Seconds of each call; the calls take turns until the budget is used. An untimed round comes first."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+) -> dict[str, list[Timing]]:
+    """Seconds of each call; the calls take turns until the budget is used. Each has an untimed one first."""
+    seconds: dict[str, list[Timing]] = {name: [] for name in calls}
     slow: set[str] = set()
     for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        if time.perf_counter() - start > budget_seconds / 2:  # one call has to do
-            seconds[name].append(time.perf_counter() - start)
+        call()  # what is compiled or fetched once is not counted
+        first = timed(call)
+        if first.wall > budget_seconds / 2:  # one call has to do
+            seconds[name].append(first)
             slow.add(name)
     end = time.perf_counter() + budget_seconds
     for turn in range(most):
@@ -218,9 +238,7 @@ def time_together(
             if name in slow:
                 continue
             time.sleep(SETTLE_SECONDS)
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(call))
     return seconds
 
 
@@ -283,15 +301,33 @@ def peak_in_new_process(name: str, case: Case, backward: bool) -> int | None:
     return int(done.stdout.split()[-1])
 
 
-def cases(quick: bool) -> list[Case]:
-    if quick:
-        return [Case(128, 30522, dtype) for dtype in DTYPES]
-    return [
-        Case(width, vocab, dtype)
-        for vocab in (30522, 250002)
-        for width in (128, 384, 768)
-        for dtype in DTYPES
-    ]
+def cases(widths: list[int], vocabs: list[int], dtypes: list[str]) -> list[Case]:
+    return [Case(width, vocab, dtype) for vocab in vocabs for width in widths for dtype in dtypes]
+
+
+def merge(parts: list[dict]) -> dict:
+    """One result of several parts, measured on one machine; of a row measured twice the later one stays.
+
+    Raises:
+        ValueError: the parts come from different machines, threads or versions of torch.
+    """
+    same = ("cpu", "cores", "threads", "features", "torch")
+    for part in parts[1:]:
+        for key in same:
+            if part["machine"][key] != parts[0]["machine"][key]:
+                raise ValueError(
+                    f"merge: expected parts of one machine, got {key} {parts[0]['machine'][key]!r} and "
+                    f"{part['machine'][key]!r}"
+                )
+    key = ("vocab", "width", "dtype", "pass", "implementation", "batch", "candidates", "positions")
+    rows = {tuple(row[name] for name in key): row for part in parts for row in part["rows"]}
+    loads = [load for part in parts for load in _as_list(part["machine"]["load"])]
+    by_case = sorted(rows.values(), key=lambda row: tuple(row[name] for name in key[:4]))  # a stable sort
+    return {"machine": {**parts[0]["machine"], "load": loads}, "rows": by_case}
+
+
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
 
 
 def run_case(
@@ -300,9 +336,10 @@ def run_case(
     inputs = make_inputs(case)
     make = with_backward if backward else without_backward
     seconds = time_together({name: make(run, inputs) for name, run in runs.items()}, budget_seconds)
-    own = statistics.median(seconds[OURS])
+    own = statistics.median(timing.wall for timing in seconds[OURS])
     rows = []
-    for name, values in seconds.items():
+    for name, timings in seconds.items():
+        values = [timing.wall for timing in timings]
         median = statistics.median(values)
         peak = peak_in_new_process(name, case, backward) if memory else None
         rows.append(
@@ -312,6 +349,7 @@ def run_case(
                 "implementation": name,
                 "median_ms": median * 1e3,
                 "range_ms": [min(values) * 1e3, max(values) * 1e3],
+                "least_cpu_ms": min(timing.cpu for timing in timings) * 1e3,
                 "repeats": len(values),
                 "gflops": case.flops(backward) / median / 1e9,
                 "times_ours": median / own,
@@ -327,13 +365,14 @@ def print_rows(rows: list[dict[str, object]]) -> None:
         f"\n{first['pass']}, {first['dtype']}, B={first['batch']} K={first['candidates']} "
         f"M={first['positions']} H={first['width']} V={first['vocab']}"
     )
-    print(f"  {'':32}{'ms (range)':>26}{'GFLOP/s':>9}{'x ours':>8}{'peak extra MB':>15}")
+    print(f"  {'':32}{'ms (range)':>26}{'CPU ms':>9}{'GFLOP/s':>9}{'x ours':>8}{'peak extra MB':>15}")
     for row in rows:
         low, high = row["range_ms"]
         span = f"{row['median_ms']:.1f} ({low:.1f}-{high:.1f})"
         peak = "-" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 1e6:.1f}"
         print(
-            f"  {row['implementation']:32}{span:>26}{row['gflops']:>9.0f}{row['times_ours']:>8.2f}{peak:>15}",
+            f"  {row['implementation']:32}{span:>26}{row['least_cpu_ms']:>9.1f}{row['gflops']:>9.0f}"
+            f"{row['times_ours']:>8.2f}{peak:>15}",
             flush=True,
         )
 
@@ -350,7 +389,6 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(11, 7.5), layout="constrained")
     _bars(axes[0], rows, lambda row: row["times_ours"], "time of forward+backward, realm_fast = 1")
     _bars(axes[1], measured, lambda row: row["peak_extra_bytes"] / 1e6, "peak extra memory, MB")
-    axes[1].set_yscale("log")
     axes[0].legend(fontsize=8, ncols=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -358,14 +396,20 @@ def plot(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def _bars(axis, rows, value_of, title: str) -> None:
+    def label(row) -> str:
+        return f"{row['dtype']}\nH={row['width']}\nV={row['vocab'] // 1000}k"
+
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    labels = list(dict.fromkeys(f"{r['dtype']}\nH={r['width']}\nV={r['vocab'] // 1000}k" for r in rows))
+    labels = list(dict.fromkeys(label(row) for row in rows))
     for i, name in enumerate(names):
-        values = [value_of(row) for row in rows if row["implementation"] == name]
-        places = [x + (i - len(names) / 2) * 0.8 / len(names) for x in range(len(values))]
-        axis.bar(places, values, 0.8 / len(names), label=name)
+        own = [
+            row for row in rows if row["implementation"] == name
+        ]  # not every case has every implementation
+        places = [labels.index(label(row)) + (i - len(names) / 2) * 0.8 / len(names) for row in own]
+        axis.bar(places, [value_of(row) for row in own], 0.8 / len(names), label=name)
     axis.set_title(title, loc="left", fontsize=10)
     axis.set_xticks(range(len(labels)), labels, fontsize=8)
+    axis.set_yscale("log")
     axis.grid(axis="y", alpha=0.3)
 
 
@@ -379,6 +423,11 @@ def test_linear_marginal_ce(benchmark):
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench_linear_marginal_ce", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes, about a minute")
+    parser.add_argument("--width", type=int, nargs="+", default=[128, 384, 768], help="values of H")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[30522, 250002], help="values of V")
+    parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these implementations (ours always)")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: join these")
     parser.add_argument("--seconds", type=float, default=0, help="for each case and pass (0: 10; quick: 3)")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's default)")
     parser.add_argument("--no-memory", action="store_true", help="time only")
@@ -392,11 +441,26 @@ def main(argv: list[str] | None = None) -> None:
         return
     if options.threads:
         torch.set_num_threads(options.threads)
-    runs = implementations()
+    if options.merge:
+        result = merge([json.loads(path.read_text()) for path in options.merge])
+        for _, group in itertools.groupby(
+            result["rows"], key=lambda r: (r["pass"], r["dtype"], r["width"], r["vocab"])
+        ):
+            print_rows(list(group))
+        write(result, options.out or RESULTS / _result_name(result["machine"]), options.plot or CHART)
+        return
+    everything = implementations()
+    if options.only:
+        unknown = set(options.only) - everything.keys()
+        if unknown:
+            parser.error(f"--only: expected names of {list(everything)}, got {sorted(unknown)}")
+        everything = {name: run for name, run in everything.items() if name in (OURS, *options.only)}
     print(json.dumps(machine()))
     rows: list[dict[str, object]] = []
-    everything, runs = runs, dict(runs)
-    for case in cases(options.quick):
+    wanted = (
+        ([128], [30522], list(DTYPES)) if options.quick else (options.width, options.vocab, options.dtype)
+    )
+    for case in cases(*wanted):
         # What takes 15 times as long at V = 30,522 would take all the time there is at V = 250,002.
         hopeless = {
             row["implementation"] for row in rows if row["dtype"] == case.dtype and row["times_ours"] > 15
@@ -410,14 +474,24 @@ def main(argv: list[str] | None = None) -> None:
         for backward in (False, True):
             rows += run_case(case, backward, runs, seconds, memory and backward)
             print_rows(rows[-len(runs) :])
-    stem = f"linear_marginal_ce-{machine()['cpu'].replace(' ', '-')}-{os.cpu_count()}c-{date.today()}"
-    out = options.out or (None if options.quick else RESULTS / f"{stem}.json")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-        print(f"\nwrote {out}")
-        chart = options.plot or RESULTS.parents[1] / "docs" / "ops" / "linear_marginal_ce.png"
-        plot(rows, chart)
+    result = {"machine": machine(), "rows": rows}
+    if options.out is not None:
+        write(result, options.out, options.plot)
+    elif not options.quick:
+        write(result, RESULTS / _result_name(result["machine"]), options.plot or CHART)
+
+
+def _result_name(described: dict) -> str:
+    cpu = described["cpu"].replace(" ", "-")
+    return f"linear_marginal_ce-{cpu}-{described['cores']}c-{described['date']}.json"
+
+
+def write(result: dict, out: Path, chart: Path | None) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwrote {out}")
+    if chart is not None:
+        plot(result["rows"], chart)
         print(f"wrote {chart}")
 
 
