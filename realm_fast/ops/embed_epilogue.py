@@ -348,6 +348,7 @@ def _store_reference(
     norm: Tensor | None,
 ) -> None:
     if out.dtype in _INTEGERS:
+        assert scale is not None  # the caller's check
         stored, step = quantize_rows_reference(x)
         scale[row_ids] = step.to(scale.dtype)
         back = stored.to(x.dtype) * step[:, None]
