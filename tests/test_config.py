@@ -50,7 +50,10 @@ def test_round_trip_through_a_dictionary():
         ("pretrain.steps=many", r"pretrain.steps: expected int, got 'many'"),
         ("pretrain.reader_lr=nan", r"pretrain.reader_lr: expected a value >= 0.0, got nan"),
         ("embedder.dropout=2", r"embedder.dropout: expected a value >= 0.0 and <= 0.99, got 2.0"),
-        ("refresh.mode=later", r"refresh.mode: expected one of inline, thread, process, off, got 'later'"),
+        (
+            "refresh.mode=later",
+            r"refresh.mode: expected one of inline, thread, process, follow, off, got 'later'",
+        ),
         ("embedder.shared=maybe", r"embedder.shared: expected true\|false, got 'maybe'"),
         ("pretrain=1", r"pretrain is a section"),
         ("pretrain.steps", r"expected section.name=value"),

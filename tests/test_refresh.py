@@ -38,6 +38,14 @@ PATIENCE_S = 180
 BLOCKS, SHARD = 100, 48
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """cli.main() takes over SIGTERM; give it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return qa_world.make_store(tmp_path_factory.mktemp("world"), count=BLOCKS)

@@ -355,7 +355,7 @@ def test_a_refresher_beside_the_trainer_serves_it_to_the_end(tmp_path, store, is
         assert max(line["staleness_steps"] for line in lines) <= 4
     else:
         assert {line["snapshot_step"] for line in lines} == {0}
-        assert all(line["trainer_wait_s"] == 0 for line in lines)  # nobody is there to wait for
+        assert all(line["trainer_wait_s"] < 5 for line in lines)  # it looked, and nobody is there to wait for
     checkpoint = newest_checkpoint(run.pretrain_dir / "checkpoints")
     assert checkpoint.state["snapshot"] == snapshot_name(STEPS)
 
