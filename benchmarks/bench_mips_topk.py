@@ -19,6 +19,7 @@ multiply-adds / peak, both measured in the same round, for the type the method s
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -107,7 +108,8 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died, and a request is still in the buffer
+            self.process.stdin.close()
         self.process.wait(timeout=60)
 
 

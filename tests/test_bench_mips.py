@@ -110,6 +110,19 @@ def test_a_method_that_cannot_start_says_so(small, tmp_path):
     assert row.note == worker.problem
 
 
+def test_a_process_that_was_killed_is_closed_quietly(small, tmp_path):
+    blocks, queries = small
+    np.save(tmp_path / "blocks.npy", blocks)
+    np.save(tmp_path / "queries.npy", queries)
+    worker = bench.Worker("numpy", tmp_path / "blocks.npy", tmp_path / "queries.npy", 1)
+    assert worker.problem == ""
+    worker.process.kill()
+    worker.process.wait()
+    for _ in range(2):
+        assert worker.ask(queries=1, k=3) == {"error": "its process ended (SIGKILL)"}
+    worker.close()
+
+
 def test_limits_are_plausible():
     limits = roofline.measure(1, seconds=0.02, repeats=1)
     assert all(1e8 < limits.operations[kind] < 1e13 for kind in roofline.KINDS)
