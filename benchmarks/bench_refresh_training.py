@@ -634,7 +634,7 @@ def plot_schedules(figures: Figures, path: Path) -> None:
         steps = figures["tick_steps"] * np.arange(len(row["recall"]))
         left.plot(steps, row["recall"], lw=1.3, color=f"C{i}", label=arm)
     left.set(xlabel="optimizer step", ylabel="share of the fresh top-k found", title=name)
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="upper right")
     pairs = figures["estimate"]["pairs"]
     middle.scatter([p["true"] for p in pairs], [p["estimate"] for p in pairs], s=8)
     low = min(p["true"] for p in pairs)
