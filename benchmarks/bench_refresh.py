@@ -2,12 +2,14 @@
 
 realm-fast bench refresh                        every suite
 realm-fast bench refresh throughput --help      blocks/s beside SentenceTransformer.encode and transformers
+realm-fast bench refresh training --help        steps, searches and schedules while an index is refreshed
 """
 
 import importlib
 import sys
 
-SUITES = {"throughput": "refresh_throughput"}  # name -> module of realm_fast.benchmarks with main(argv)
+# name -> module of realm_fast.benchmarks with main(argv)
+SUITES = {"throughput": "refresh_throughput", "training": "bench_refresh_training"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,12 +17,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"{(__doc__ or '').strip()}\n\nsuites: {', '.join(SUITES)}")
         return
-    named = arguments and not arguments[0].startswith("-")
-    if named and arguments[0] not in SUITES:
+    if arguments and arguments[0] not in SUITES:
         raise SystemExit(
-            f"bench refresh: expected one of the suites {', '.join(SUITES)}, got {arguments[0]!r}"
+            f"bench refresh: expected one of the suites {', '.join(SUITES)} first, got {arguments[0]!r}"
         )
-    for name in [arguments.pop(0)] if named else SUITES:
+    for name in [arguments.pop(0)] if arguments else SUITES:
         importlib.import_module(f"realm_fast.benchmarks.{SUITES[name]}").main(arguments)
 
 
