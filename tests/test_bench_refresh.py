@@ -106,5 +106,5 @@ def test_suites_by_name(monkeypatch, capsys):
     assert calls == [["--quick"]]
     run_benchmark("refresh", ["--help"])
     assert "throughput" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="one of the suites throughput, got 'speed'"):
+    with pytest.raises(SystemExit, match="one of the suites throughput, training first, got 'speed'"):
         bench_refresh.main(["speed"])
