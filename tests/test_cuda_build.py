@@ -22,6 +22,9 @@ MATRIX_INSTRUCTION = {
     "f": r"FFMA",
 }
 SCAN = re.compile(r"4scanI(13__nv_bfloat16|6__half|a|f)Li(\d+)E")
+# Hopper's scan: element type and slabs of 128 bytes a row.
+WGMMA_SCAN = re.compile(r"10scan_wgmmaI(13__nv_bfloat16|6__half)Li(\d)E")
+WGMMA_ARCH, WGMMA_SLABS, WGMMA_ROUND_STEPS = "90a", (1, 2), 4
 
 
 def find_tool(name: str) -> str | None:
@@ -60,7 +63,7 @@ def resources(cuobjdump):
     found = {}
     arch = name = None
     for line in cuobjdump("-res-usage").splitlines():
-        if match := re.match(r"arch = sm_(\d+)", line):
+        if match := re.match(r"arch = sm_(\w+)", line):
             arch = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
             name = match[1]
@@ -70,9 +73,16 @@ def resources(cuobjdump):
 
 
 def test_every_kernel_is_built_for_every_target(resources):
-    names = {name for _, name in resources}
+    names = {name for arch, name in resources if arch != WGMMA_ARCH}
     assert len([name for name in names if SCAN.search(name)]) == 2 * len(MATRIX_INSTRUCTION)
     assert {(arch, name) for arch in ARCHS for name in names} <= set(resources)
+
+
+def test_hoppers_scan_is_built_for_sm_90a_alone(resources):
+    found = sorted(WGMMA_SCAN.search(name).groups() for arch, name in resources if arch == WGMMA_ARCH)
+    elements = ("13__nv_bfloat16", "6__half")
+    assert found == sorted((element, str(slabs)) for element in elements for slabs in WGMMA_SLABS)
+    assert not any(WGMMA_SCAN.search(name) for arch, name in resources if arch != WGMMA_ARCH)
 
 
 def test_no_kernel_spills_or_uses_local_memory(resources):
@@ -87,17 +97,22 @@ def test_registers_allow_the_planned_occupancy(resources):
             assert used["REG"] * SCAN_THREADS * SCAN_BLOCKS <= REGISTERS, f"sm_{arch}, {name}: {used}"
 
 
-@pytest.fixture(scope="module", params=ARCHS)
-def scans(request, cuobjdump):
-    """Instructions of the scan's instantiations for one target."""
-    text = cuobjdump("-sass", "-arch", f"sm_{request.param}")
+def machine_code(cuobjdump, arch, pattern):
+    """Function -> its instructions, of the functions whose name has the pattern."""
+    text = cuobjdump("-sass", "-arch", f"sm_{arch}")
     parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.M)
     instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
     return {
         name: instruction.findall(body)
         for name, body in zip(parts[1::2], parts[2::2], strict=True)
-        if SCAN.search(name)
+        if pattern.search(name)
     }
+
+
+@pytest.fixture(scope="module", params=ARCHS)
+def scans(request, cuobjdump):
+    """Instructions of the scan's instantiations for one target."""
+    return machine_code(cuobjdump, request.param, SCAN)
 
 
 def test_the_scan_in_machine_code(scans):
@@ -123,3 +138,28 @@ def test_the_scan_in_machine_code(scans):
         assert sum(opcode.startswith("LDSM.16.M88.4") for opcode in opcodes) == 4 * (rows // 32 + 2), name
         others = [x for x in loop if not re.match(pattern, x) and not x.startswith("LDSM")]
         assert len(others) <= len(at), f"{name}: {len(others)} other instructions among {len(at)} products"
+
+
+def test_hoppers_scan_in_machine_code(cuobjdump):
+    """Products in batches that run on while the batch before is filtered: no wait after each of them."""
+    found = machine_code(cuobjdump, WGMMA_ARCH, WGMMA_SCAN)
+    assert len(found) == 2 * len(WGMMA_SLABS)
+    for name, code in found.items():
+        element, slabs = WGMMA_SCAN.search(name).groups()
+        lines = [re.sub(r"^@!?U?P\w+\s+", "", line) for line in code]
+        opcodes = [line.split()[0] for line in lines]
+        assert not any(opcode.startswith(("LDL", "STL", "HMMA", "LDGSTS")) for opcode in opcodes), name
+        kind = r"HGMMA\.64x128x16\.F32" + (r"\.BF16$" if element.startswith("13") else "$")
+        products = [line for line in lines if re.match(kind, line.split()[0])]
+        batch = 4 * int(slabs)
+        # A round's four steps; the first product of each starts from zero, the last closes its group.
+        assert len(products) == WGMMA_ROUND_STEPS * batch, name
+        for i, line in enumerate(products):
+            assert ("RZ, !UPT" in line) == (i % batch == 0), f"{name}: {line}"
+            assert ("gsb0" in line) == (i % batch == batch - 1), f"{name}: {line}"
+        waits = [line.split()[-1] for line in lines if line.startswith("WARPGROUP.DEPBAR")]
+        assert waits == ["0x1"] * (WGMMA_ROUND_STEPS - 1) + ["0x0"], f"{name}: {waits}"
+        assert opcodes.count("WARPGROUP.ARRIVE") == WGMMA_ROUND_STEPS, name
+        # Rows come by the copy engine, in boxes.
+        assert sum(opcode == "UTMALDG.2D" for opcode in opcodes) >= int(slabs) + 1, name
+        assert any(opcode.startswith("SYNCS.PHASECHK") for opcode in opcodes), name

@@ -163,20 +163,86 @@ int element_bytes(ScanDtype dtype) {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+bool is_aligned(const void* p, int64_t stride_bytes) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
+int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, "mips_topk") +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, "mips_topk");
+}
+
+// What keeps this call from the wgmma scan; nullptr: nothing.
+const char* wgmma_obstacle(const MipsTopkCuda& call) {
+  const int64_t size = element_bytes(call.dtype);
+  const auto usable = [&](const void* rows, int64_t stride) {
+    return is_aligned(rows, stride * size) && stride >= call.dim;
+  };
+  if (compute_capability() != 90) return "it needs compute capability 9.0";
+  if (call.dtype != ScanDtype::kBFloat16 && call.dtype != ScanDtype::kFloat16) {
+    return "it takes bfloat16 and float16";
+  }
+  if (call.dim < 1 || call.dim * size > kWgmmaMaxSlabs * kSlabBytes) return "it takes D from 1 to 128";
+  if (call.num_blocks >= int64_t{1} << 31) return "it takes fewer than 2^31 blocks";
+  if (!usable(call.blocks, call.block_stride) ||
+      (call.originals == nullptr && !usable(call.queries, call.query_stride))) {
+    return "its rows must not overlap and start at multiples of 16 bytes";
+  }
+  return nullptr;
+}
+
+// Above this many queries a tile's products take longer on mma.sync than its bytes take to come.
+constexpr int64_t kWgmmaPaysAbove = 128;
+
+bool takes_wgmma(const MipsTopkCuda& call) {
+  if (call.kernel == ScanKernel::kMma) return false;
+  if (call.kernel == ScanKernel::kAuto && call.num_queries <= kWgmmaPaysAbove) return false;
+  const char* obstacle = wgmma_obstacle(call);
+  if (obstacle != nullptr && call.kernel == ScanKernel::kWgmma) {
+    throw std::invalid_argument(std::string("mips_topk: the wgmma scan cannot be used: ") + obstacle);
+  }
+  return obstacle == nullptr;
+}
+
+size_t shared_limit() {
+  return static_cast<size_t>(
+      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "mips_topk: shared memory per block"));
+}
+int slabs_of(int row_bytes) { return std::max((row_bytes + kSlabBytes - 1) / kSlabBytes, 1); }
+
+// As many rows a chunk as fit, the chunks even.
+Plan make_wgmma_plan(ScanDtype dtype, int64_t num_queries, int dim) {
+  ScanPlan shape{};
+  shape.row_bytes = dim * element_bytes(dtype);
+  shape.num_slabs = slabs_of(shape.row_bytes);
+  shape.resident = 1;
+  const ScanVariant* variant = scan_variants_wgmma(dtype) + shape.num_slabs - 1;
+  const auto fits = [&](int64_t rows) {
+    shape.chunk_rows = static_cast<int>(rows);
+    variant->set_layout(shape);
+    return static_cast<size_t>(shape.shared_bytes) <= shared_limit();
+  };
+  int64_t rows = std::min<int64_t>(round_up(num_queries, variant->rows), kMaxChunkRows);
+  while (rows > variant->rows && !fits(rows)) rows -= variant->rows;
+  shape.num_chunks = static_cast<int>((num_queries + rows - 1) / rows);
+  if (!fits(round_up((num_queries + shape.num_chunks - 1) / shape.num_chunks, variant->rows))) {
+    throw std::invalid_argument("mips_topk: this GPU has too little shared memory per thread block");
+  }
+  return {variant, shape, variant->blocks_per_multiprocessor(0)};
+}
+
 // How the queries and the ring share the shared memory: first as many query rows as fit beside a ring deep
 // enough, so that the index is fetched as few times as can be; queries that do not fit at all ride in the
 // ring.
 Plan make_plan(ScanDtype dtype, int64_t num_queries, int dim) {
   const ScanVariant* variants = variants_of(dtype);
   const ScanVariant* variant = num_queries <= variants[0].rows ? &variants[0] : &variants[1];
-  const auto limit = static_cast<size_t>(
-      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "mips_topk: shared memory per block"));
+  const size_t limit = shared_limit();
   const auto per_multiprocessor = static_cast<size_t>(
       device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, "mips_topk: shared memory"));
   ScanPlan shape{};
   shape.row_bytes = dim * element_bytes(dtype);
-  shape.num_slabs =
-      static_cast<int>(std::max<int64_t>(round_up(shape.row_bytes, kSlabBytes) / kSlabBytes, 1));
+  shape.num_slabs = slabs_of(shape.row_bytes);
   const auto shared_bytes = [&](int stages) {
     shape.stages = stages;
     variant->set_layout(shape);
@@ -213,10 +279,18 @@ Plan make_plan(ScanDtype dtype, int64_t num_queries, int dim) {
                               std::to_string(limit) + " bytes)");
 }
 
-// Two a multiprocessor, and one for every chunk of queries even where those are more.
-int64_t max_thread_blocks(int64_t num_queries) {
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "mips_topk: multiprocessors");
-  return std::max<int64_t>(2 * multiprocessors, (num_queries + 15) / 16);
+int num_multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount, "mips_topk: multiprocessors");
+}
+
+// Every thread block's queue: so many a multiprocessor, and one for every chunk of queries even where those
+// are more.
+int64_t queue_bytes(int64_t num_queries, bool wgmma) {
+  const int64_t entries = wgmma ? kWgmmaQueue : kQueue;
+  const int64_t least_rows = wgmma ? kWgmmaGroupRows : 16;
+  const int64_t thread_blocks =
+      std::max<int64_t>((wgmma ? 1 : 2) * num_multiprocessors(), (num_queries + least_rows - 1) / least_rows);
+  return thread_blocks * entries * static_cast<int64_t>(kQueueEntryBytes);
 }
 
 struct Workspace {
@@ -233,7 +307,9 @@ Workspace lay_out(const MipsTopkCuda& call) {
                         : call.k <= 512    ? 4096
                                            : 8192;
   w.seeds = std::min(call.num_blocks, seeds);
-  w.capacity = 256;
+  // A row's threshold moves when its buffer is full: a small buffer lets fewer through, and each that a
+  // certified scan lets through costs a read of its original.
+  w.capacity = 32;
   while (w.capacity < 2 * static_cast<int64_t>(call.k)) w.capacity *= 2;
   size_t at = 0;
   const auto take = [&at](int64_t bytes) {
@@ -245,8 +321,7 @@ Workspace lay_out(const MipsTopkCuda& call) {
   w.counts = take(w.pass_queries * 8);
   w.candidates = take(w.pass_queries * 2 * w.capacity * 8);
   w.dense = take(w.pass_queries * w.seeds * 4);
-  w.queues = take(
-      w.seeds < call.num_blocks ? max_thread_blocks(w.pass_queries) * static_cast<int64_t>(kQueueBytes) : 0);
+  w.queues = take(w.seeds < call.num_blocks ? queue_bytes(w.pass_queries, takes_wgmma(call)) : 0);
   if (call.originals != nullptr) {
     w.code_stride = round_up(call.dim, 16);
     w.codes = take(w.pass_queries * w.code_stride * element_bytes(call.dtype));
@@ -271,16 +346,10 @@ void check_call(const MipsTopkCuda& call) {
     fail("a certified scan reads bfloat16 or int8 codes");
   }
   if (call.originals == nullptr && call.dtype == ScanDtype::kInt8) fail("an int8 scan needs the originals");
-  const int capability = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, "mips_topk") +
-                         device_attribute(cudaDevAttrComputeCapabilityMinor, "mips_topk");
-  if (capability < 80) {
+  if (const int capability = compute_capability(); capability < 80) {
     fail("the CUDA kernels need compute capability 8.0 or newer, this GPU has " +
          std::to_string(capability / 10) + "." + std::to_string(capability % 10));
   }
-}
-
-bool is_aligned(const void* p, int64_t stride_bytes) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
 struct Matrix {
@@ -288,10 +357,10 @@ struct Matrix {
   int64_t stride;  // elements
 };
 
-void run_scan(ScanDtype dtype, Matrix queries, Matrix blocks, ScanArguments a, int num_queries, int dim,
-              int64_t first, int64_t last, cudaStream_t stream) {
+void run_scan(ScanDtype dtype, bool wgmma, Matrix queries, Matrix blocks, ScanArguments a, int num_queries,
+              int dim, int64_t first, int64_t last, cudaStream_t stream) {
   if (first >= last) return;
-  const Plan plan = make_plan(dtype, num_queries, dim);
+  const Plan plan = (wgmma ? make_wgmma_plan : make_plan)(dtype, num_queries, dim);
   const int size = element_bytes(dtype);
   static_cast<ScanPlan&>(a) = plan.shape;
   a.num_queries = num_queries;
@@ -303,8 +372,7 @@ void run_scan(ScanDtype dtype, Matrix queries, Matrix blocks, ScanArguments a, i
   a.block_stride = blocks.stride * size;
   a.aligned = is_aligned(queries.data, a.query_stride) && is_aligned(blocks.data, a.block_stride);
   const int64_t tiles = (last - first + kTileBlocks - 1) / kTileBlocks;
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, "mips_topk: multiprocessors");
-  const int64_t thread_blocks = static_cast<int64_t>(multiprocessors) * plan.blocks_per_multiprocessor;
+  const int64_t thread_blocks = static_cast<int64_t>(num_multiprocessors()) * plan.blocks_per_multiprocessor;
   a.ranges = static_cast<int>(std::min(tiles, std::max<int64_t>(thread_blocks / a.num_chunks, 1)));
   plan.variant->launch(a, a.ranges * a.num_chunks, stream);
 }
@@ -330,6 +398,7 @@ void mips_topk_cuda(const MipsTopkCuda& call) {
   auto* workspace = static_cast<unsigned char*>(call.workspace);
   const auto at = [workspace](size_t offset) { return static_cast<void*>(workspace + offset); };
   const bool certified = call.originals != nullptr;
+  const bool wgmma = takes_wgmma(call);
   const int query_bytes = certified ? 4 : element_bytes(call.dtype);
 
   for (int64_t begin = 0; begin < call.num_queries; begin += w.pass_queries) {
@@ -351,8 +420,8 @@ void mips_topk_cuda(const MipsTopkCuda& call) {
     seed.dense_stride = w.seeds;
     const Matrix exact_blocks =
         certified ? Matrix{call.originals, call.original_stride} : Matrix{call.blocks, call.block_stride};
-    run_scan(certified ? ScanDtype::kFloat32 : call.dtype, queries, exact_blocks, seed, num_queries, call.dim,
-             0, w.seeds, stream);
+    run_scan(certified ? ScanDtype::kFloat32 : call.dtype, wgmma && !certified, queries, exact_blocks, seed,
+             num_queries, call.dim, 0, w.seeds, stream);
     REALM_FAST_LAUNCH(select_seeds, num_queries, kSelectThreads, 0, stream, a.rows, seed.dense, w.seeds,
                       static_cast<int>(w.seeds), a.exclude_ids, a.exclude_width);
     check_launch("mips_topk: select_seeds");
@@ -392,8 +461,8 @@ void mips_topk_cuda(const MipsTopkCuda& call) {
         }
         check_launch("mips_topk: prepare_queries");
       }
-      run_scan(call.dtype, scanned, {call.blocks, call.block_stride}, a, num_queries, call.dim, w.seeds,
-               call.num_blocks, stream);
+      run_scan(call.dtype, wgmma, scanned, {call.blocks, call.block_stride}, a, num_queries, call.dim,
+               w.seeds, call.num_blocks, stream);
     }
 
     // 3. The row buffers, sorted.

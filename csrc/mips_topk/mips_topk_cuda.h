@@ -9,6 +9,11 @@ namespace realm_fast {
 
 enum class ScanDtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
 
+// Which matrix instructions a bf16 or f16 scan uses: mma.sync of any GPU, or Hopper's wgmma, which needs
+// compute capability 9.0, D <= 128, rows at multiples of 16 bytes and fewer than 2^31 blocks, and pays above
+// 128 queries. kAuto takes wgmma where it can be had and pays.
+enum class ScanKernel : int { kAuto = 0, kMma = 1, kWgmma = 2 };
+
 constexpr int kMaxCudaK = 2048;
 
 // All pointers are device pointers. Strides are in elements; the last dimension is contiguous.
@@ -35,6 +40,8 @@ struct MipsTopkCuda {
   const float* block_residual = nullptr;  // [N] |x - x~|, rounded up
   const float* block_norm = nullptr;      // [N] |x|, rounded up
   const float* block_bounds = nullptr;    // [2] the largest block_residual and the largest block_norm
+
+  ScanKernel kernel = ScanKernel::kAuto;
 
   // How many blocks give the first thresholds; 0: chosen here. Any value gives the same answer.
   int64_t num_seeds = 0;

@@ -22,6 +22,13 @@ ScanDtype scan_dtype_named(const std::string& name) {
   throw std::invalid_argument("dtype: expected float32, bfloat16, float16 or int8, got '" + name + "'");
 }
 
+ScanKernel scan_kernel_named(const std::string& name) {
+  if (name == "auto") return ScanKernel::kAuto;
+  if (name == "mma") return ScanKernel::kMma;
+  if (name == "wgmma") return ScanKernel::kWgmma;
+  throw std::invalid_argument("kernel: expected auto, mma or wgmma, got '" + name + "'");
+}
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -65,6 +72,8 @@ void bind_mips_topk_cuda(py::module_& m) {
           },
           py::arg("originals"), py::arg("original_stride"), py::arg("scale"), py::arg("residual"),
           py::arg("norm"), py::arg("bounds"))
+      .def("use_kernel",
+           [](MipsTopkCuda& call, const std::string& name) { call.kernel = scan_kernel_named(name); })
       .def_property_readonly("workspace_bytes", &mips_topk_cuda_workspace)
       .def(
           "run",

@@ -24,7 +24,7 @@ constexpr int kQueue = kFlushAt + kMaxRows * kTileBlocks;  // all scores of a st
 constexpr int kRefreshTiles = 16;  // how often thresholds of other thread blocks are taken over
 constexpr int kMaxChunkRows = 512;
 // A thread block's queue in global memory: keys, then rows.
-constexpr size_t kQueueBytes = kQueue * (sizeof(uint64_t) + sizeof(uint16_t));
+constexpr size_t kQueueEntryBytes = sizeof(uint64_t) + sizeof(uint16_t);
 
 // What the host decides from the shapes alone.
 struct ScanPlan {
@@ -34,8 +34,9 @@ struct ScanPlan {
   int stages;
   int resident;  // queries stay in shared memory
   // Shared memory, in bytes (set_layout): resident queries, the ring, block scales (int8: one row a tile in
-  // the ring), the queue, the rows' entry scores.
-  int stage_bytes, ring_at, scales_at, state_at, entry_at, shared_bytes;
+  // the ring), what a flush needs, the rows' entry scores, the barriers of copies (wgmma).
+  int stage_bytes, ring_at, scales_at, state_at, entry_at, barriers_at, shared_bytes;
+  int queue_entries;  // of a thread block
 };
 
 struct ScanArguments : ScanPlan {
@@ -47,7 +48,7 @@ struct ScanArguments : ScanPlan {
   int64_t first, last;  // this launch scans blocks [first, last)
   int aligned;          // every row starts at a multiple of 16 bytes: cp.async may be used
   Rows rows;
-  unsigned char* queues;  // [thread blocks, kQueueBytes]
+  unsigned char* queues;  // [thread blocks, queue_entries * kQueueEntryBytes]
   float*
       dense;  // if given, write all scores to dense[query * dense_stride + block - first] and filter nothing
   int64_t dense_stride;
@@ -242,13 +243,16 @@ struct Flushing {
   SelectScratch scratch;
 };
 struct Queue {
-  uint64_t* keys;  // [kQueue]
-  uint16_t* rows;  // [kQueue] within the chunk; kTaken when dealt with
+  uint64_t* keys;  // [queue_entries]
+  uint16_t* rows;  // [queue_entries] within the chunk; kTaken when dealt with
 
-  __device__ __forceinline__ explicit Queue(unsigned char* queues)
-      : keys(reinterpret_cast<uint64_t*>(queues + blockIdx.x * kQueueBytes)),
-        rows(reinterpret_cast<uint16_t*>(keys + kQueue)) {}
+  __device__ __forceinline__ explicit Queue(const ScanArguments& a)
+      : keys(reinterpret_cast<uint64_t*>(a.queues + blockIdx.x * (a.queue_entries * kQueueEntryBytes))),
+        rows(reinterpret_cast<uint16_t*>(keys + a.queue_entries)) {}
 };
+// Whether thresholds are taken over after the n-th tile of a range.
+__device__ __forceinline__ bool refreshes_after(int n) { return n < 4 || n % kRefreshTiles == 0; }
+
 constexpr uint16_t kTaken = 0xffff;
 constexpr uint16_t kScored = 0x8000;  // the key holds the float32 score already
 
@@ -296,12 +300,23 @@ __device__ __forceinline__ float entry_score(const ScanArguments& a, int row, ui
   return reach > -FLT_MAX ? reach : -FLT_MAX;  // without a bound (NaN, infinity) everything must be looked at
 }
 
+// By all threads: the rows' entry scores from the thresholds as they now stand.
+template <class T>
+__device__ __forceinline__ void take_over_thresholds(const ScanArguments& a, float* entry, int first_row,
+                                                     int num_rows, int64_t next_block) {
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x); row < num_rows; row += kScanThreads) {
+    entry[row] =
+        entry_score<T>(a, first_row + row, load_relaxed(a.rows.thresholds + first_row + row), next_block);
+  }
+}
+
 // By all threads: hands the queue on to the row buffers, then takes over the rows' thresholds.
 template <class T>
 __device__ __forceinline__ void flush(const ScanArguments& a, Flushing& state, float* entry, int first_row,
                                       int num_rows, int64_t next_block) {
   const int tid = static_cast<int>(threadIdx.x);
-  const Queue queue(a.queues);
+  const Queue queue(a);
   const int count = static_cast<int>(state.count);
   for (;;) {
     bool again = false;
@@ -355,12 +370,93 @@ __device__ __forceinline__ void flush(const ScanArguments& a, Flushing& state, f
     __syncthreads();
   }
   if (tid == 0) state.count = 0;
-#pragma unroll 1
-  for (int row = tid; row < num_rows; row += kScanThreads) {
-    entry[row] =
-        entry_score<T>(a, first_row + row, load_relaxed(a.rows.thresholds + first_row + row), next_block);
-  }
+  take_over_thresholds<T>(a, entry, first_row, num_rows, next_block);
   __syncthreads();
+}
+
+// A thread block's chunk of queries and range of tiles. Neighbouring thread blocks share a range and differ
+// in the chunk, so that the L2 cache serves all but one.
+struct Share {
+  int first_row, num_rows, begin_tile, end_tile;
+};
+__device__ __forceinline__ Share share_of(const ScanArguments& a) {
+  const int range = static_cast<int>(blockIdx.x) / a.num_chunks;
+  const int first_row = static_cast<int>(blockIdx.x) % a.num_chunks * a.chunk_rows;
+  const int64_t all_tiles = (a.last - a.first + kTileBlocks - 1) / kTileBlocks;
+  return {first_row, min(a.num_queries - first_row, a.chunk_rows),
+          static_cast<int>(all_tiles * range / a.ranges),
+          static_cast<int>(all_tiles * (range + 1) / a.ranges)};
+}
+
+// One group's scores of one tile.
+struct Step {
+  int group_row;  // the group's first row within the chunk
+  int first_row;  // the chunk's
+  int num_rows;   // of the chunk
+  int tile_columns;
+  int64_t first_block;
+};
+
+// A thread's scores are value(r, c), of row S::row(r) and column S::column(c). All of them, to a.dense.
+template <class S, class Value>
+__device__ __forceinline__ void write_all(const ScanArguments& a, const Step& step, const Value& value) {
+#pragma unroll
+  for (int r = 0; r < S::kThreadRows; ++r) {
+    const int row = step.group_row + S::row(r);
+    float* to = a.dense + (step.first_row + row) * a.dense_stride + (step.first_block - a.first);
+#pragma unroll
+    for (int c = 0; c < S::kThreadColumns; ++c) {
+      if (row < step.num_rows && S::column(c) < step.tile_columns) to[S::column(c)] = value(r, c);
+    }
+  }
+}
+
+// Whether any reaches its row's entry score; padding may.
+template <class S, class Value>
+__device__ __forceinline__ bool any_reaches(const float* entry, int group_row, const Value& value) {
+  bool survivors = false;
+#pragma unroll
+  for (int r = 0; r < S::kThreadRows; ++r) {
+    float best = value(r, 0);
+#pragma unroll
+    for (int c = 1; c < S::kThreadColumns; ++c) best = fmaxf(best, value(r, c));
+    survivors = survivors || best >= entry[group_row + S::row(r)];
+  }
+  return survivors;
+}
+
+// Puts those that do into the queue; sets hand_on when the queue is full enough to be handed on.
+template <class T, class S, class Value>
+__device__ __forceinline__ void queue_survivors(const ScanArguments& a, Flushing& state, const float* entry,
+                                                const Step& step, const Value& value, bool& hand_on) {
+  uint64_t hits = 0;
+#pragma unroll
+  for (int r = 0; r < S::kThreadRows; ++r) {
+    const float least = entry[step.group_row + S::row(r)];
+#pragma unroll
+    for (int c = 0; c < S::kThreadColumns; ++c) {
+      if (value(r, c) >= least && S::column(c) < step.tile_columns) {
+        hits |= uint64_t{1} << (r * S::kThreadColumns + c);
+      }
+    }
+  }
+  const Queue queue(a);
+#pragma unroll 1
+  while (hits != 0) {
+    const int hit = __ffsll(static_cast<long long>(hits)) - 1;
+    hits &= hits - 1;
+    float score = 0;
+#pragma unroll
+    for (int i = 0; i < S::kThreadRows * S::kThreadColumns; ++i) {  // registers have no addresses
+      if (i == hit) score = value(i / S::kThreadColumns, i % S::kThreadColumns);
+    }
+    const int row = step.group_row + S::row(hit / S::kThreadColumns);
+    if constexpr (kIsInt8<T>) score *= a.query_scale[step.first_row + row];
+    const uint32_t place = atomicAdd(&state.count, 1u);
+    queue.keys[place] = make_key(score, step.first_block + S::column(hit % S::kThreadColumns));
+    queue.rows[place] = static_cast<uint16_t>(row);
+    hand_on = hand_on || place + 1 >= kFlushAt;
+  }
 }
 
 template <class T, int kRows>
@@ -376,15 +472,8 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
   Flushing& state = *reinterpret_cast<Flushing*>(memory + a.state_at);
   float* const entry = reinterpret_cast<float*>(memory + a.entry_at);  // [chunk_rows]
 
-  // Neighbouring thread blocks share a range and differ in the chunk, so that the L2 cache serves all but
-  // one.
-  const int range = static_cast<int>(blockIdx.x) / a.num_chunks;
-  const int first_row = static_cast<int>(blockIdx.x) % a.num_chunks * a.chunk_rows;
-  const int num_rows = min(a.num_queries - first_row, a.chunk_rows);
+  const auto [first_row, num_rows, begin_tile, end_tile] = share_of(a);
   const int num_groups = (num_rows + kRows - 1) / kRows;
-  const int64_t all_tiles = (a.last - a.first + kTileBlocks - 1) / kTileBlocks;
-  const int begin_tile = static_cast<int>(all_tiles * range / a.ranges);
-  const int end_tile = static_cast<int>(all_tiles * (range + 1) / a.ranges);
   if (begin_tile == end_tile) return;
   const auto block_of = [&a](int tile) { return a.first + static_cast<int64_t>(tile) * kTileBlocks; };
 
@@ -434,13 +523,8 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
   if (tid == 0) state.count = state.num_to_compact = 0;
   if (a.dense == nullptr) {
 #pragma unroll 1
-    for (int row = tid; row < a.chunk_rows; row += kScanThreads) {
-      entry[row] = INFINITY;
-      if (row < num_rows) {
-        entry[row] = entry_score<T>(a, first_row + row, load_relaxed(a.rows.thresholds + first_row + row),
-                                    block_of(begin_tile));
-      }
-    }
+    for (int row = num_rows + tid; row < a.chunk_rows; row += kScanThreads) entry[row] = INFINITY;
+    take_over_thresholds<T>(a, entry, first_row, num_rows, block_of(begin_tile));
   }
 
   // With several resident groups a tile's slabs stay in the ring until the last group has used them: the
@@ -483,70 +567,23 @@ __global__ void __launch_bounds__(kScanThreads, 2) scan(const __grid_constant__ 
         if constexpr (kIsInt8<T>) return static_cast<float>(acc.at(r, c)) * tile_scales[S::column(c)];
         return acc.at(r, c);
       };
+      const Step step{group_row, first_row, num_rows, tile_columns, block_of(tile)};
       bool survivors = false;
       if (a.dense != nullptr) {
-#pragma unroll
-        for (int r = 0; r < S::kThreadRows; ++r) {
-          const int row = group_row + S::row(r);
-          float* to = a.dense + (first_row + row) * a.dense_stride + (block_of(tile) - a.first);
-#pragma unroll
-          for (int c = 0; c < S::kThreadColumns; ++c) {
-            if (row < num_rows && S::column(c) < tile_columns) to[S::column(c)] = value(r, c);
-          }
-        }
+        write_all<S>(a, step, value);
       } else {
-#pragma unroll
-        for (int r = 0; r < S::kThreadRows; ++r) {
-          float best = value(r, 0);
-#pragma unroll
-          for (int c = 1; c < S::kThreadColumns; ++c) best = fmaxf(best, value(r, c));
-          survivors = survivors || best >= entry[group_row + S::row(r)];
-        }
+        survivors = any_reaches<S>(entry, group_row, value);
       }
-
       // Into the queue. The barrier is also the one the next slab needs, so that it costs nothing when there
       // is nothing to hand on.
       bool hand_on = a.dense == nullptr && tile + 1 == end_tile && group == num_groups - 1;
-      if (survivors) {
-        uint64_t hits = 0;
-#pragma unroll
-        for (int r = 0; r < S::kThreadRows; ++r) {
-          const float least = entry[group_row + S::row(r)];
-#pragma unroll
-          for (int c = 0; c < S::kThreadColumns; ++c) {
-            if (value(r, c) >= least && S::column(c) < tile_columns) {
-              hits |= uint64_t{1} << (r * S::kThreadColumns + c);
-            }
-          }
-        }
-        const Queue queue(a.queues);
-#pragma unroll 1
-        while (hits != 0) {
-          const int hit = __ffsll(static_cast<long long>(hits)) - 1;
-          hits &= hits - 1;
-          float score = 0;
-#pragma unroll
-          for (int i = 0; i < S::kThreadRows * S::kThreadColumns; ++i) {  // registers have no addresses
-            if (i == hit) score = value(i / S::kThreadColumns, i % S::kThreadColumns);
-          }
-          const int row = group_row + S::row(hit / S::kThreadColumns);
-          if constexpr (kIsInt8<T>) score *= a.query_scale[first_row + row];
-          const uint32_t place = atomicAdd(&state.count, 1u);
-          queue.keys[place] = make_key(score, block_of(tile) + S::column(hit % S::kThreadColumns));
-          queue.rows[place] = static_cast<uint16_t>(row);
-          hand_on = hand_on || place + 1 >= kFlushAt;
-        }
-      }
+      if (survivors) queue_survivors<T, S>(a, state, entry, step, value, hand_on);
       if (!tile_stays || group == num_groups - 1) wait_for_slab(0);
       if (__syncthreads_or(hand_on)) flush<T>(a, state, entry, first_row, num_rows, block_of(tile));
     }
-    if (a.dense == nullptr && (tile - begin_tile < 4 || (tile - begin_tile) % kRefreshTiles == 0)) {
+    if (a.dense == nullptr && refreshes_after(tile - begin_tile)) {
       // Take over what other thread blocks have raised. All are past the last barrier, so nobody reads.
-#pragma unroll 1
-      for (int row = tid; row < num_rows; row += kScanThreads) {
-        entry[row] = entry_score<T>(a, first_row + row, load_relaxed(a.rows.thresholds + first_row + row),
-                                    block_of(tile + 1));
-      }
+      take_over_thresholds<T>(a, entry, first_row, num_rows, block_of(tile + 1));
       __syncthreads();
     }
   }
@@ -561,6 +598,7 @@ void set_layout(ScanPlan& a) {
       a.scales_at + (kIsInt8<T> ? (a.stages + 1) * kTileBlocks * static_cast<int>(sizeof(float)) : 0);
   a.entry_at = a.state_at + static_cast<int>(sizeof(Flushing));
   a.shared_bytes = a.entry_at + a.chunk_rows * static_cast<int>(sizeof(float));
+  a.queue_entries = kQueue;
 }
 
 }  // namespace realm_fast::cuda

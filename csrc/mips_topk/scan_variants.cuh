@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/cuda/launch.h"
+#include "mips_topk/mips_topk_cuda.h"
 #include "mips_topk/scan.cuh"
 
 namespace realm_fast::cuda {
@@ -44,5 +45,12 @@ const ScanVariant* scan_variants_f32();
 const ScanVariant* scan_variants_bf16();
 const ScanVariant* scan_variants_f16();
 const ScanVariant* scan_variants_int8();
+
+// scan_wgmma.cuh's, for sm_90a alone: bf16 or f16, rows of at most kWgmmaMaxSlabs slabs; by slabs, from one.
+constexpr int kWgmmaMaxSlabs = 2;
+constexpr int kWgmmaGroupRows = 128;  // queries a step, half of them each warpgroup
+constexpr int kWgmmaRoundSteps = 4;   // steps between two times that the queue may be handed on
+constexpr int kWgmmaQueue = kFlushAt + kWgmmaRoundSteps * kWgmmaGroupRows * kTileBlocks;
+const ScanVariant* scan_variants_wgmma(ScanDtype dtype);
 
 }  // namespace realm_fast::cuda

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from realm_fast import mips_topk
+from realm_fast import _native, mips_topk
 from realm_fast.device_index import DeviceIndex
-from realm_fast.ops.mips_topk import mips_topk_reference
+from realm_fast.ops.mips_topk import mips_topk_reference, run_cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -33,16 +33,47 @@ def test_answers(dtype, B, N, D, k):
     assert_same(got, mips_topk(queries.float(), blocks.float(), k, impl="cpu"))
 
 
+@pytest.mark.parametrize("B", [100, 400])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_float32_answers_bit_for_bit(dtype):
+def test_float32_answers_bit_for_bit(dtype, B):
     generator = torch.Generator().manual_seed(3)
-    queries = torch.randn(100, 128, generator=generator)
+    queries = torch.randn(B, 128, generator=generator)
     blocks = torch.randn(200_000, 128, generator=generator)
     blocks[::11] *= 30
-    exclude = torch.randint(-1, 200_000, (100, 4), generator=generator)
+    exclude = torch.randint(-1, 200_000, (B, 4), generator=generator)
     index = DeviceIndex.from_embeddings(blocks.cuda(), dtype)
     got = index.search(queries.cuda(), 20, exclude_ids=exclude.cuda())
     assert_same(got, mips_topk(queries, blocks, 20, exclude_ids=exclude, impl="cpu"))
+
+
+def search_with(kernel, queries, blocks, k, exclude=None):
+    """`mips_topk`, told which matrix instructions to use."""
+    call = _native.MipsTopkCuda(
+        dtype=str(blocks.dtype).removeprefix("torch."),
+        queries=queries.data_ptr(), num_queries=len(queries), query_stride=queries.stride(0),
+        blocks=blocks.data_ptr(), num_blocks=len(blocks), block_stride=blocks.stride(0),
+        dim=queries.shape[1], k=k,
+    )  # fmt: skip
+    call.use_kernel(kernel)
+    return run_cuda(call, queries, k, exclude)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "N", "D", "k"),
+    [(1, 5_000, 128, 1), (129, 100_003, 128, 10), (300, 60_000, 64, 100), (512, 200_000, 128, 10),
+     (600, 30_000, 104, 2048), (2500, 6_000, 48, 5)],
+)  # fmt: skip
+def test_hoppers_scan_gives_the_other_scans_answer(dtype, B, N, D, k):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs compute capability 9.0")
+    queries, blocks = whole_numbers((B, D), dtype).cuda(), whole_numbers((N, D), dtype, 1).cuda()
+    exclude = torch.randint(-1, N, (B, 3), device="cuda")
+    for _ in range(3):
+        scores, ids = search_with("wgmma", queries, blocks, k, exclude)
+        other_scores, other_ids = search_with("mma", queries, blocks, k, exclude)
+        assert torch.equal(ids, other_ids)
+        assert torch.equal(scores, other_scores)
 
 
 def test_low_precision_scores_are_near_the_truth():

@@ -1,6 +1,7 @@
 import pytest
 
 from simt.harness import Harness, unsupported_reason
+from simt.scans import SOURCES, searcher
 
 
 @pytest.fixture(scope="session")
@@ -9,3 +10,14 @@ def harness(request):
     if reason:
         pytest.skip(reason)
     return Harness(request.config.cache.mkdir("simt"))
+
+
+@pytest.fixture(scope="session")
+def program(harness):
+    """The real sources of csrc/mips_topk."""
+    return harness.build("drive_mips_topk.cpp", SOURCES)
+
+
+@pytest.fixture
+def search(harness, program, tmp_path):
+    return searcher(harness, program, tmp_path)

@@ -27,6 +27,10 @@ int main(int argc, char** argv) {
     call.block_residual = o.array<float>("block_residual");
     call.block_norm = o.array<float>("block_norm");
     call.block_bounds = o.array<float>("block_bounds");
+    const std::string kernel = o.text("kernel", "auto");
+    call.kernel = kernel == "mma"     ? realm_fast::ScanKernel::kMma
+                  : kernel == "wgmma" ? realm_fast::ScanKernel::kWgmma
+                                      : realm_fast::ScanKernel::kAuto;
     call.num_seeds = o.number("num_seeds", 0);
     call.scores = o.output<float>(call.num_queries * call.k);
     call.ids = o.output<int64_t>(call.num_queries * call.k);

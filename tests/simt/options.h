@@ -39,6 +39,11 @@ class Options {
     c.swap_matrices = number("swap_matrices", 0) != 0;
     c.shift_copy_bytes = static_cast<int>(number("shift_copy_bytes", 0));
     c.skip_copy_wait = number("skip_copy_wait", 0) != 0;
+    c.flip_parity = number("flip_parity", 0) != 0;
+    c.skip_wgmma_wait = number("skip_wgmma_wait", 0) != 0;
+    c.skip_wgmma_fence = number("skip_wgmma_fence", 0) != 0;
+    c.skip_proxy_fence = number("skip_proxy_fence", 0) != 0;
+    c.swap_accumulators = number("swap_accumulators", 0) != 0;
   }
 
   std::string text(const std::string& key, const std::string& otherwise) const {

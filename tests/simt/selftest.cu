@@ -1,6 +1,7 @@
 // Small kernels for the harness' own tests: one that is right in every respect, and, by macro, the same with
 // one fault each. Compiled only by the harness.
 #include "core/cuda/device.cuh"
+#include "core/cuda/hopper.cuh"
 
 namespace selftest {
 
@@ -97,6 +98,62 @@ __global__ void __launch_bounds__(32) product_s8(const int8_t* a, const int8_t* 
   for (int i = 0; i < 4; ++i) d[(g + 8 * (i / 2)) * 8 + 2 * t + i % 2] = acc[i];
 }
 
+// One warpgroup: d = a @ b.T by wgmma, a [64, 64] stored by the threads themselves, b [128, 64] by a bulk
+// copy, d [64, 128].
+template <class T>
+__global__ void __launch_bounds__(128) warpgroup_product(const T* a, TensorMap b_map, float* d) {
+  REALM_FAST_SWIZZLED_SHARED(memory);
+  unsigned char* const sa = memory;
+  unsigned char* const sb = memory + 64 * kSwizzleRowBytes;
+  uint64_t* const arrived = reinterpret_cast<uint64_t*>(sb + 128 * kSwizzleRowBytes);
+  const int tid = static_cast<int>(threadIdx.x);
+  for (int i = tid; i < 64 * 8; i += 128) {  // 16 bytes each
+    const int row = i / 8, chunk = i % 8;
+    *reinterpret_cast<uint4*>(sa + row * kSwizzleRowBytes + ((chunk ^ (row & 7)) << 4)) =
+        *reinterpret_cast<const uint4*>(a + row * 64 + chunk * 8);
+  }
+  if (tid == 0) mbarrier_init(arrived, 1);
+#ifndef FAULT_NO_PROXY_FENCE
+  fence_proxy_async();
+#else
+  if (tid == 0) fence_proxy_async();
+#endif
+  __syncthreads();
+  if (tid == 0) {
+    mbarrier_expect(arrived, 128 * kSwizzleRowBytes);
+    tma_load(sb, b_map, 0, 0, arrived);
+  }
+#ifdef FAULT_ONE_WAITS
+  if (tid == 0)  // and nothing tells the others
+#endif
+    mbarrier_wait(arrived, 0);
+  float acc[kWgmmaValues] = {};
+#ifndef FAULT_NO_ORDER_FENCE
+  wgmma_fence();
+#endif
+  for (int i = 0; i < 4; ++i) {
+    wgmma<T>(acc, wgmma_operand(sa) + depth_step(i), wgmma_operand(sb) + depth_step(i), i > 0);
+  }
+  wgmma_commit();
+#ifdef FAULT_TOUCH
+  acc[5] = 0;
+#endif
+#ifdef FAULT_OVERWRITE
+  if (tid == 0) {
+    mbarrier_expect(arrived, 128 * kSwizzleRowBytes);
+    tma_load(sb, b_map, 0, 0, arrived);
+  }
+#endif
+  wgmma_wait<0>(acc);
+#ifdef FAULT_OVERWRITE
+  mbarrier_wait(arrived, 1);
+#endif
+  for (int i = 0; i < kWgmmaValues; ++i) {
+    const int row = tid / 32 * 16 + tid % 32 / 4 + i / 2 % 2 * 8;
+    d[row * 128 + i / 4 * 8 + tid % 4 * 2 + i % 2] = acc[i];
+  }
+}
+
 // Blocks that wait for one another: a lock in global memory around a counter that is not atomic.
 __global__ void __launch_bounds__(64) locked_count(uint32_t* lock, uint32_t* value, int rounds) {
   if (threadIdx.x == 0) {
@@ -141,6 +198,27 @@ double product_error() {
       double sum = 0;
       for (int k = 0; k < 16; ++k) sum += double(float(a[m * 16 + k])) * double(float(b[n * 16 + k]));
       worst = std::max(worst, std::abs(sum - d[m * 8 + n]));
+    }
+  }
+  return worst;
+}
+
+template <class T>
+double warpgroup_product_error() {
+  auto* a = static_cast<T*>(simt::device_alloc(64 * 64 * sizeof(T), true));
+  auto* b = static_cast<T*>(simt::device_alloc(128 * 64 * sizeof(T), true));
+  auto* d = static_cast<float*>(simt::device_alloc(64 * 128 * 4, false));
+  for (int i = 0; i < 64 * 64; ++i) a[i] = T(element(i));
+  for (int i = 0; i < 128 * 64; ++i) b[i] = T(element(i + 1000));
+  const auto map = simt::tensor_map(b, sizeof(T), 64 * sizeof(T), 128, 64 * sizeof(T), 128);
+  REALM_FAST_LAUNCH(selftest::warpgroup_product<T>, 1, 128, (64 + 128) * 128 + 8, nullptr, a, map, d);
+  double worst = 0;
+  for (int m = 0; m < 64; ++m) {
+    for (int n = 0; n < 128; ++n) {
+      double sum = 0;
+      for (int k = 0; k < 64; ++k) sum += double(float(a[m * 64 + k])) * double(float(b[n * 64 + k]));
+      const double error = std::abs(sum - d[m * 128 + n]);
+      worst = error <= worst ? worst : error < 1e30 ? error : 1e30;  // NaN too
     }
   }
   return worst;
@@ -192,6 +270,10 @@ int main(int argc, char** argv) {
     error = product_error<__half>();
   } else if (name == "s8") {
     error = product_s8_error();
+  } else if (name == "warpgroup bf16") {
+    error = warpgroup_product_error<__nv_bfloat16>();
+  } else if (name == "warpgroup f16") {
+    error = warpgroup_product_error<__half>();
   } else if (name == "bf16_swapped_fragment") {
     simt::config().swap_fragments = true;
     error = product_error<__nv_bfloat16>();

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -106,6 +107,45 @@ struct PendingCopy {
   bool landed;
 };
 
+// tma_load: a box on its way.
+struct BoxCopy {
+  unsigned char* dst;
+  TensorMap map;
+  int64_t column, row;  // column in bytes
+  int barrier;
+};
+
+struct Mbarrier {
+  const void* at;
+  int count, pending;
+  int64_t bytes = 0;                // expected and not yet landed
+  uint32_t phases = 0;              // completed
+  std::vector<uint32_t> seen_from;  // phase -> block barriers passed by the first thread that saw its end
+  int init_thread;
+  uint32_t init_fences;
+};
+constexpr size_t kMaxMbarriers = 16;
+
+// wgmma: one warp's share of a product, and the accumulators of products under way.
+struct Product {
+  uint64_t a, b;
+  bool accumulate, is_bf16, done;
+  uint64_t group;
+  float* key;  // lane 0's accumulators
+};
+struct Flight {
+  std::array<float*, 32> d;
+  std::array<std::array<float, 64>, 32> values;
+  int products = 0;
+};
+struct Warp {
+  bool fenced = false;
+  uint64_t open_group = 0;
+  size_t started = 0;
+  std::deque<Product> products;
+  std::map<float*, Flight> flights;
+};
+
 enum class State { kReady, kBarrier, kCollective, kDone };
 
 struct Lane {
@@ -128,6 +168,9 @@ struct Lane {
   // cp.async
   std::vector<PendingCopy> copies;
   uint64_t open_group = 0;
+  // Hopper
+  uint32_t proxy_fences = 0;
+  std::array<uint32_t, kMaxMbarriers> phases_seen{};
 #ifdef __SANITIZE_ADDRESS__
   void* fake_stack = nullptr;
 #endif
@@ -139,7 +182,11 @@ struct Cell {
   uint16_t write_thread, read_thread;
   uint16_t write_warp_epoch, read_warp_epoch;
   uint8_t written, write_atomic, in_flight, read_atomic;
-  uint8_t any_read, read_many_threads, read_many_warps, pad;
+  uint8_t any_read, read_many_threads, read_many_warps;
+  uint8_t is_barrier;
+  // Written by a box copy: the barrier (number + 1) and its phase; by a thread: its proxy fences so far.
+  uint16_t box_barrier, box_phase, write_fences;
+  uint16_t products_reading;  // wgmma under way
 };
 
 struct Block {
@@ -152,6 +199,10 @@ struct Block {
   unsigned char* window = nullptr;  // hooks: this slot's part of the shared arena
   size_t window_used = 0;
   std::vector<Cell> cells;
+  std::vector<Mbarrier> mbarriers;
+  std::vector<BoxCopy> boxes;  // under way
+  std::vector<Warp> warps;
+  std::map<size_t, std::vector<std::array<uint64_t, 3>>> products;  // warpgroup -> what its warps started
 };
 
 struct Allocation {
@@ -199,6 +250,15 @@ std::string here() {
   std::snprintf(text, sizeof text, "%s, block (%u,%u,%u), thread %d", kernel_name.c_str(), b.x, b.y, b.z,
                 current->linear);
   return text;
+}
+
+// Each kind is kept with a few places. Where one fault shows at every byte, asking first saves describing
+// them.
+std::map<std::string_view, int> kept;
+constexpr int kKept = 8;
+bool enough_of(const char* kind) {
+  const auto found = kept.find(kind);
+  return found != kept.end() && found->second >= kKept;
 }
 
 // ---- stacks and switching ----
@@ -255,6 +315,9 @@ void land(PendingCopy& copy);
   Lane* self = current;
   for (PendingCopy& copy : self->copies) land(copy);
   self->copies.clear();
+  if (!self->block->warps[static_cast<size_t>(self->linear / 32)].products.empty()) {
+    report_error("wgmma never waited for", kernel_name);
+  }
   self->state = State::kDone;
   Block& block = *self->block;
   --block.live;
@@ -356,6 +419,15 @@ bool ordered(const Lane& lane, uint32_t epoch, uint16_t thread, uint16_t warp_ep
   return thread / 32 == lane.linear / 32 && warp_epoch != lane.warp_epoch;
 }
 
+// Whether the lane knows that the box that wrote the cell has landed: it waited for the barrier itself, or
+// met someone who had at a barrier of the block.
+bool box_seen(const Lane& lane, const Cell& cell) {
+  const size_t i = cell.box_barrier - 1u;
+  const Mbarrier& barrier = lane.block->mbarriers[i];
+  return lane.phases_seen[i] > cell.box_phase ||
+         (cell.box_phase < barrier.seen_from.size() && barrier.seen_from[cell.box_phase] < lane.epoch);
+}
+
 std::string shared_place(const Block& block, const unsigned char* p) {
   char text[96];
   const ptrdiff_t offset = p - block.dynamic;
@@ -406,6 +478,9 @@ void shared_access(const unsigned char* p, size_t bytes, bool write, bool atomic
         cell.write_warp_epoch = lane.warp_epoch;
       } else if (cell.in_flight) {
         report_error("shared memory read before cp.async was waited for", place());
+      } else if (cell.box_barrier != 0) {
+        constexpr const char* kEarly = "shared memory read before tma_load was waited for";
+        if (!box_seen(lane, cell) && !enough_of(kEarly)) report_error(kEarly, place());
       } else if (!(atomic && cell.write_atomic) &&
                  !ordered(lane, cell.write_epoch, cell.write_thread, cell.write_warp_epoch)) {
         report_error("shared memory race", place() + " was written by thread " +
@@ -427,6 +502,10 @@ void shared_access(const unsigned char* p, size_t bytes, bool write, bool atomic
       cell.read_thread = static_cast<uint16_t>(lane.linear);
       cell.read_warp_epoch = lane.warp_epoch;
     }
+    if (write && cell.is_barrier) report_error("an mbarrier is overwritten", place());
+    if (write && cell.products_reading > 0) {
+      report_error("shared memory race", place() + " is overwritten while wgmma may still read it");
+    }
     if (write) {
       if (cell.written && !(atomic && cell.write_atomic) &&
           !ordered(lane, cell.write_epoch, cell.write_thread, cell.write_warp_epoch)) {
@@ -446,6 +525,8 @@ void shared_access(const unsigned char* p, size_t bytes, bool write, bool atomic
       cell.written = 1;
       cell.write_atomic = atomic;
       cell.in_flight = 0;
+      cell.box_barrier = 0;
+      cell.write_fences = static_cast<uint16_t>(lane.proxy_fences);
       cell.write_epoch = lane.epoch;
       cell.write_thread = static_cast<uint16_t>(lane.linear);
       cell.write_warp_epoch = lane.warp_epoch;
@@ -510,15 +591,16 @@ void begin_block(Block& block, int slot, uint3 index, size_t shared_bytes) {
 #else
   (void)slot;
   block.dynamic =
-      static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128 + 128));
+      static_cast<unsigned char*>(std::aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024 + 1024));
   std::memset(block.dynamic, kPoison, shared_bytes);
 #ifdef __SANITIZE_ADDRESS__
   ASAN_POISON_MEMORY_REGION(block.dynamic + shared_bytes,
-                            (shared_bytes + 127) / 128 * 128 + 128 - shared_bytes);
+                            (shared_bytes + 1023) / 1024 * 1024 + 1024 - shared_bytes);
 #endif
 #endif
   const size_t threads = size_t{block_dim.x} * block_dim.y * block_dim.z;
   block.lanes = std::vector<Lane>(threads);
+  block.warps = std::vector<Warp>((threads + 31) / 32);
   block.live = static_cast<int>(threads);
   for (size_t i = 0; i < threads; ++i) {
     Lane& lane = block.lanes[i];
@@ -536,7 +618,7 @@ void end_block(Block& block) {
   for (Lane& lane : block.lanes) free_stacks.push_back(lane.stack);
 #ifndef SIMT_HOOKS
 #ifdef __SANITIZE_ADDRESS__
-  ASAN_UNPOISON_MEMORY_REGION(block.dynamic, (block.dynamic_bytes + 127) / 128 * 128 + 128);
+  ASAN_UNPOISON_MEMORY_REGION(block.dynamic, (block.dynamic_bytes + 1023) / 1024 * 1024 + 1024);
 #endif
   std::free(block.dynamic);
   for (auto& [key, place] : block.statics) std::free(place.first);
@@ -581,10 +663,12 @@ int lane_index() { return current->linear % 32; }
 unsigned char* dynamic_shared() { return current->block->dynamic; }
 
 void report_error(const char* kind, const std::string& detail) {
-  // One fault shows at thousands of places: keep the first few of each kind.
-  int of_kind = 0;
-  for (const auto& [key, n] : errors) of_kind += key.first == kind;
-  if (of_kind < 8 || errors.contains({kind, detail})) ++errors[{kind, detail}];
+  if (const auto found = errors.find({kind, detail}); found != errors.end()) {
+    ++found->second;
+  } else if (!enough_of(kind)) {
+    errors[{kind, detail}] = 1;
+    ++kept[kind];
+  }
 }
 
 void* device_alloc(size_t bytes, bool initialized) {
@@ -953,6 +1037,401 @@ void mma_s8(int32_t* d, const uint32_t* a, uint32_t b0, uint32_t b1, int line) {
   collective(kMma, line, 0xffffffffu, &argument, &combine_mma<int8_t, int32_t, int64_t, 4>);
 }
 
+// ---- what only Hopper has ----
+
+namespace {
+// Shared addresses as descriptors hold them: the dynamic part starts at a multiple of 1024, not at 0.
+unsigned char* shared_base(const Block& block) {
+#ifdef SIMT_HOOKS
+  return block.window;
+#else
+  return block.dynamic - 1024;
+#endif
+}
+uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7u) << 4); }
+
+bool shared_chunk_exists(const Block& block, const unsigned char* p) {
+#ifdef SIMT_HOOKS
+  return in_shared(block, p, 16);
+#else
+  return p >= block.dynamic && p + 16 <= block.dynamic + block.dynamic_bytes;
+#endif
+}
+
+#ifdef SIMT_HOOKS
+template <class Each>
+void each_cell(Block& block, const unsigned char* p, Each each) {
+  for (size_t i = 0; i < 8; ++i) each(block.cells[static_cast<size_t>(p - block.window) / 2 + i]);
+}
+#endif
+
+size_t find_mbarrier(const uint64_t* barrier) {
+  Block& block = *current->block;
+  for (size_t i = 0; i < block.mbarriers.size(); ++i) {
+    if (block.mbarriers[i].at != barrier) continue;
+    note_read(barrier, 8);  // after a barrier since its initialisation
+    return i;
+  }
+  report_error("mbarrier used before it was initialised", here());
+  std::fputs(report_json().c_str(), stderr);
+  std::_Exit(3);
+}
+
+void end_phase_if_complete(Mbarrier& barrier) {
+  if (barrier.pending != 0 || barrier.bytes != 0) return;
+  ++barrier.phases;
+  barrier.pending = barrier.count;
+}
+
+// Every 16-byte chunk of a box: where it lands, where it comes from and how many bytes of it exist.
+template <class Each>
+void each_chunk(const Block& block, const BoxCopy& box, Each each) {
+  for (int row = 0; row < box.map.box_rows; ++row) {
+    const int64_t from_row = box.row + row;
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      const uint32_t address =
+          static_cast<uint32_t>(box.dst - shared_base(block)) + static_cast<uint32_t>(row * 128 + chunk * 16);
+      const int64_t at = box.column + chunk * 16;
+      const bool exists = from_row >= 0 && from_row < box.map.rows;
+      const int64_t bytes = exists ? std::clamp<int64_t>(box.map.row_bytes - at, 0, 16) : 0;
+      each(shared_base(block) + swizzled(address),
+           bytes > 0 ? box.map.base + from_row * box.map.stride + at : nullptr, static_cast<size_t>(bytes));
+    }
+  }
+}
+
+void land_box(Block& block, size_t which) {
+  const BoxCopy box = block.boxes[which];
+  block.boxes.erase(block.boxes.begin() + static_cast<std::ptrdiff_t>(which));
+  each_chunk(block, box, [&](unsigned char* to, const unsigned char* from, size_t bytes) {
+    if (!shared_chunk_exists(block, to)) return;
+    std::memset(to, 0, 16);
+    if (bytes > 0) std::memcpy(to, from, bytes);
+#ifdef SIMT_HOOKS
+    each_cell(block, to, [](Cell& cell) { cell.in_flight = 0; });
+#endif
+  });
+  Mbarrier& barrier = block.mbarriers[static_cast<size_t>(box.barrier)];
+  barrier.bytes -= int64_t{128} * box.map.box_rows;
+  end_phase_if_complete(barrier);
+}
+
+struct Operand {
+  uint32_t start, stride;
+};
+Operand decode(uint64_t descriptor) {
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+    report_error("wgmma descriptor", here() + ": the harness knows 128-byte swizzling without base offset");
+  }
+  return {static_cast<uint32_t>(descriptor & 0x3fff) << 4, static_cast<uint32_t>(descriptor >> 32 & 0x3fff)
+                                                               << 4};
+}
+
+// The chunks that a product reads of rows [first, last) of an operand, 32 bytes deep.
+template <class Each>
+void each_operand_chunk(const Block& block, uint64_t descriptor, int first, int last, Each each) {
+  const Operand operand = decode(descriptor);
+  for (int row = first; row < last; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t address = operand.start + static_cast<uint32_t>(row / 8) * operand.stride +
+                               static_cast<uint32_t>(row % 8 * 128 + half * 16);
+      unsigned char* p = shared_base(block) + swizzled(address);
+      if (shared_chunk_exists(block, p)) {
+        each(row - first, half, p);
+      } else {
+        report_error("shared memory out of bounds", here() + ": a wgmma operand");
+      }
+    }
+  }
+}
+template <class Each>
+void each_chunk_read(const Block& block, size_t warp, const Product& product, Each each) {
+  const int first = static_cast<int>(warp % 4) * 16;
+  const auto ignore_place = [&](int, int, unsigned char* p) { each(p); };
+  each_operand_chunk(block, product.a, first, first + 16, ignore_place);
+  each_operand_chunk(block, product.b, 0, 128, ignore_place);
+}
+
+template <class Element>
+void multiply(const Block& block, size_t warp, const Product& product, Flight& flight) {
+  static double a[16][16], b[16][128], sum[16][128];
+  const auto read = [](unsigned char* p, auto store) {
+    Element e[8];
+    std::memcpy(e, p, 16);
+    for (int i = 0; i < 8; ++i) store(i, static_cast<double>(static_cast<float>(e[i])));
+  };
+  std::memset(a, 0xff, sizeof a);
+  std::memset(b, 0xff, sizeof b);
+  const int first = static_cast<int>(warp % 4) * 16;
+  each_operand_chunk(block, product.a, first, first + 16, [&](int row, int half, unsigned char* p) {
+    read(p, [&](int i, double x) { a[row][half * 8 + i] = x; });
+  });
+  each_operand_chunk(block, product.b, 0, 128, [&](int row, int half, unsigned char* p) {
+    read(p, [&](int i, double x) { b[half * 8 + i][row] = x; });
+  });
+  std::memset(sum, 0, sizeof sum);
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 128; ++n) sum[m][n] += a[m][k] * b[k][n];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 64; ++i) {
+      int row = lane / 4 + i / 2 % 2 * 8;
+      if (the_config.swap_accumulators) row = (row + 8) % 16;
+      float& d = flight.values[static_cast<size_t>(lane)][static_cast<size_t>(i)];
+      const double before = product.accumulate ? static_cast<double>(d) : 0.0;
+      d = static_cast<float>(before + sum[row][i / 4 * 8 + lane % 4 * 2 + i % 2]);
+    }
+  }
+}
+
+// Products of a warp are made in the order in which they were started.
+void make_products(Block& block, size_t warp_index, size_t count) {
+  Warp& warp = block.warps[warp_index];
+  for (size_t i = 0; i < count; ++i) {
+    Product& product = warp.products[i];
+    if (product.done) continue;
+    product.done = true;
+    Flight& flight = warp.flights[product.key];
+    if (product.is_bf16) {
+      multiply<__nv_bfloat16>(block, warp_index, product, flight);
+    } else {
+      multiply<__half>(block, warp_index, product, flight);
+    }
+  }
+}
+
+bool is_poison(const float* d) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(d);
+  return std::all_of(bytes, bytes + 64 * sizeof(float), [](unsigned char b) { return b == kPoison; });
+}
+
+struct WgmmaArgument {
+  float* d;
+  uint64_t a, b;
+  bool accumulate, is_bf16;
+};
+
+void combine_wgmma(void* const* arguments, unsigned) {
+  const auto& x = *static_cast<WgmmaArgument*>(arguments[0]);
+  Block& block = *current->block;
+  const auto index = static_cast<size_t>(current->linear / 32);
+  Warp& warp = block.warps[index];
+  ++counts.wgmma;
+  for (int lane = 1; lane < 32; ++lane) {
+    const auto& other = *static_cast<WgmmaArgument*>(arguments[lane]);
+    if (other.a != x.a || other.b != x.b) report_error("wgmma descriptors differ within a warp", here());
+  }
+  auto& started = block.products[index / 4];
+  const std::array<uint64_t, 3> what{x.a, x.b, x.accumulate};
+  if (warp.started == started.size()) started.push_back(what);
+  if (started[warp.started++] != what) {
+    report_error("the warps of a warpgroup make different products", here());
+  }
+  if (!warp.fenced) report_error("wgmma without wgmma.fence", here());
+  const Product product{x.a, x.b, x.accumulate, x.is_bf16, false, warp.open_group, x.d};
+#ifdef SIMT_HOOKS
+  each_chunk_read(block, index, product, [&](unsigned char* p) {
+    each_cell(block, p, [&](Cell& cell) {
+      ++cell.products_reading;
+      const auto complain = [&](const char* kind) {
+        if (!enough_of(kind)) report_error(kind, here() + ": a wgmma operand, " + shared_place(block, p));
+      };
+      if (!cell.written) {
+        complain("shared memory read before it was written");
+      } else if (cell.box_barrier == 0) {
+        const Lane& writer = block.lanes[cell.write_thread];
+        if (static_cast<uint16_t>(writer.proxy_fences) == cell.write_fences) {
+          complain("wgmma reads a thread's stores without fence.proxy.async");
+        }
+        if (!ordered(*current, cell.write_epoch, cell.write_thread, cell.write_warp_epoch)) {
+          complain("shared memory race");
+        }
+      } else {
+        for (size_t lane = index * 32; lane < index * 32 + 32; ++lane) {
+          if (cell.in_flight || !box_seen(block.lanes[lane], cell)) {
+            complain("shared memory read before tma_load was waited for");
+            break;
+          }
+        }
+      }
+    });
+  });
+#endif
+  Flight& flight = warp.flights[x.d];
+  for (size_t lane = 0; lane < 32; ++lane) {
+    float* d = static_cast<WgmmaArgument*>(arguments[lane])->d;
+    if (flight.products == 0) {
+      flight.d[lane] = d;
+      std::memcpy(flight.values[lane].data(), d, sizeof flight.values[lane]);
+      std::memset(d, kPoison, sizeof flight.values[lane]);
+    }
+  }
+  ++flight.products;
+  warp.products.push_back(product);
+  if (the_config.order == Order::kRandom && chance(0.3)) {
+    make_products(block, index, 1 + draw(warp.products.size()));
+  }
+}
+
+void combine_wgmma_wait(void* const* arguments, unsigned) {
+  const auto& x = *static_cast<WgmmaArgument*>(arguments[0]);
+  Block& block = *current->block;
+  const auto index = static_cast<size_t>(current->linear / 32);
+  Warp& warp = block.warps[index];
+  const uint64_t pending = x.a;
+  const uint64_t end = warp.open_group > pending ? warp.open_group - pending : 0;
+  size_t finished = 0;
+  while (finished < warp.products.size() && warp.products[finished].group < end) ++finished;
+  make_products(block, index, finished);
+  for (; finished > 0; --finished) {
+    const Product product = warp.products.front();
+    warp.products.pop_front();
+#ifdef SIMT_HOOKS
+    each_chunk_read(block, index, product, [&](unsigned char* p) {
+      each_cell(block, p, [](Cell& cell) { --cell.products_reading; });
+      shared_access(p, 16, false, false);  // read, as far as others can tell, until now
+    });
+#endif
+    const auto found = warp.flights.find(product.key);
+    Flight& flight = found->second;
+    if (--flight.products > 0) continue;
+    for (size_t lane = 0; lane < 32; ++lane) {
+      if (!is_poison(flight.d[lane])) report_error("accumulators written while wgmma is under way", here());
+      std::memcpy(flight.d[lane], flight.values[lane].data(), sizeof flight.values[lane]);
+    }
+    warp.flights.erase(found);
+  }
+  if (warp.flights.contains(x.d)) report_error("accumulators read while wgmma is under way", here());
+  warp.fenced = false;
+}
+}  // namespace
+
+TensorMap tensor_map(const void* base, int element_bytes, int64_t row_bytes, int64_t rows, int64_t stride,
+                     int box_rows) {
+  if (reinterpret_cast<uintptr_t>(base) % 16 != 0 || stride % 16 != 0 || stride < row_bytes ||
+      row_bytes <= 0 || rows <= 0 || box_rows < 1 || box_rows > 256) {
+    report_error("tensor map", "base, stride or sizes that the copy engine does not take");
+  }
+  return {static_cast<const unsigned char*>(base), row_bytes, rows, stride, element_bytes, box_rows};
+}
+
+uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - shared_base(*current->block));
+}
+
+void mbarrier_init(uint64_t* barrier, int count) {
+  note_write(barrier, 8);
+  Block& block = *current->block;
+  if (block.mbarriers.size() == kMaxMbarriers || reinterpret_cast<uintptr_t>(barrier) % 8 != 0) {
+    report_error("mbarrier", here() + ": misaligned, or more than the harness keeps");
+    return;
+  }
+  block.mbarriers.push_back({barrier, count, count, 0, 0, {}, current->linear, current->proxy_fences});
+#ifdef SIMT_HOOKS
+  for (size_t i = 0; i < 4; ++i) {
+    const auto* p = reinterpret_cast<const unsigned char*>(barrier);
+    block.cells[static_cast<size_t>(p - block.window) / 2 + i].is_barrier = 1;
+  }
+#endif
+}
+
+void mbarrier_expect(uint64_t* barrier, int bytes) {
+  maybe_yield();
+  Mbarrier& b = current->block->mbarriers[find_mbarrier(barrier)];
+  b.bytes += bytes;
+  if (b.bytes >= 1 << 20) report_error("mbarrier", here() + ": more bytes than a barrier counts");
+  if (b.pending == 0) report_error("mbarrier", here() + ": more arrivals than the phase has");
+  --b.pending;
+  end_phase_if_complete(b);
+}
+
+void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
+  maybe_yield();
+  const size_t i = find_mbarrier(barrier);
+  Block& block = *current->block;
+  if (the_config.flip_parity) parity ^= 1u;
+  while ((block.mbarriers[i].phases & 1u) == parity) {
+    // Of its boxes under way the first, the last or any lands; without one, others must go on first.
+    const auto mine = [i](const BoxCopy& box) { return box.barrier == static_cast<int>(i); };
+    const auto count = static_cast<uint64_t>(std::count_if(block.boxes.begin(), block.boxes.end(), mine));
+    if (count == 0) {
+      yield_now();
+      continue;
+    }
+    uint64_t skip = the_config.order == Order::kAscending ? 0
+                    : the_config.order == Order::kRandom  ? draw(count)
+                                                          : count - 1;
+    const auto chosen = std::find_if(block.boxes.begin(), block.boxes.end(),
+                                     [&](const BoxCopy& box) { return mine(box) && skip-- == 0; });
+    land_box(block, static_cast<size_t>(chosen - block.boxes.begin()));
+  }
+  Mbarrier& b = block.mbarriers[i];
+  current->phases_seen[i] = b.phases;
+  b.seen_from.resize(b.phases, current->epoch);
+}
+
+void fence_proxy_async() {
+  if (!the_config.skip_proxy_fence) ++current->proxy_fences;
+}
+
+void tma_load(void* dst, const TensorMap& map, int column, int row, uint64_t* barrier) {
+  maybe_yield();
+  Block& block = *current->block;
+  const size_t i = find_mbarrier(barrier);
+  const Mbarrier& b = block.mbarriers[i];
+  if (block.lanes[static_cast<size_t>(b.init_thread)].proxy_fences == b.init_fences) {
+    report_error("tma_load to an mbarrier whose initialisation no fence.proxy.async made known", here());
+  }
+  if (shared_address(dst) % 128 != 0) report_error("misaligned tma_load", here());
+  const BoxCopy box{static_cast<unsigned char*>(dst), map, int64_t{column} * map.element_bytes, row,
+                    static_cast<int>(i)};
+  each_chunk(block, box, [&](unsigned char* to, const unsigned char* from, size_t bytes) {
+    if (bytes > 0) {
+      note_read(from, bytes);
+      counts.copy_bytes += bytes;
+    }
+#ifdef SIMT_HOOKS
+    shared_access(to, 16, true, false);
+    if (!shared_chunk_exists(block, to)) return;
+    each_cell(block, to, [&](Cell& cell) {
+      cell.in_flight = 1;
+      cell.box_barrier = static_cast<uint16_t>(i + 1);
+      cell.box_phase = static_cast<uint16_t>(b.phases);
+    });
+#endif
+    if (shared_chunk_exists(block, to)) {
+      std::memset(to, kPoison, 16);
+    } else {
+      report_error("shared memory out of bounds", here() + ": tma_load");
+    }
+  });
+  block.boxes.push_back(box);
+  if (the_config.order == Order::kRandom && chance(0.3)) land_box(block, block.boxes.size() - 1);
+}
+
+void wgmma_fence(int line) {
+  if (the_config.skip_wgmma_fence) return;
+  collective(kWgmmaFence, line, 0xffffffffu, nullptr, [](void* const*, unsigned) {
+    current->block->warps[static_cast<size_t>(current->linear / 32)].fenced = true;
+  });
+}
+void wgmma_commit(int line) {
+  collective(kWgmmaCommit, line, 0xffffffffu, nullptr, [](void* const*, unsigned) {
+    ++current->block->warps[static_cast<size_t>(current->linear / 32)].open_group;
+  });
+}
+void wgmma_retire(int pending, float* d, int line) {
+  if (the_config.skip_wgmma_wait) return;
+  WgmmaArgument argument{d, static_cast<uint64_t>(pending), 0, false, false};
+  collective(kWgmmaWait, line, 0xffffffffu, &argument, &combine_wgmma_wait);
+}
+void wgmma_start(float* d, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, int line) {
+  WgmmaArgument argument{d, a, b, accumulate, is_bf16};
+  collective(kWgmma, line, 0xffffffffu, &argument, &combine_wgmma);
+}
+
 // ---- launches ----
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes,
@@ -1053,7 +1532,8 @@ std::string report_json() {
         << ", \"global_bytes_read\": " << l.counts.global_bytes_read
         << ", \"global_bytes_written\": " << l.counts.global_bytes_written
         << ", \"copy_bytes\": " << l.counts.copy_bytes << ", \"atomics\": " << l.counts.atomics
-        << ", \"barriers\": " << l.counts.barriers << ", \"mma\": " << l.counts.mma << "}";
+        << ", \"barriers\": " << l.counts.barriers << ", \"mma\": " << l.counts.mma
+        << ", \"wgmma\": " << l.counts.wgmma << "}";
   }
   out << "], \"errors\": [";
   bool first = true;

@@ -11,6 +11,10 @@
 //              undefined-behaviour sanitizers watch (builds with those)
 //   cp.async   the copy lands when it is waited for, or at a random moment before; until then the
 //              destination holds poison
+//   Hopper     boxes of a matrix (tma_load) land when their barrier is waited for, or at a random moment
+//              before; products of a warpgroup (wgmma) read shared memory when they are waited for, or at a
+//              random moment before, and until then their accumulators hold poison. Reported: operands
+//              overwritten or read too early, accumulators touched or left under way, missing fences
 //   counts     bytes of global memory read and written, per launch (builds with hooks)
 //   faults     on request: barriers at one source line are dropped, fragments swapped, copies shifted or
 //              cut, so that tests can show that each would be caught
@@ -207,15 +211,21 @@ struct Config {
   bool swap_matrices = false;     // ldmatrix: matrices 1 and 2 change places
   int shift_copy_bytes = 0;       // cp.async reads this many bytes further on
   bool skip_copy_wait = false;    // cp_async_wait returns at once
+  bool flip_parity = false;       // mbarrier_wait waits for the other phase
+  bool skip_wgmma_wait = false;
+  bool skip_wgmma_fence = false;
+  bool skip_proxy_fence = false;
+  bool swap_accumulators = false;  // wgmma: the two rows of a thread change places
 };
 
 struct Counts {
   uint64_t global_bytes_read = 0;
   uint64_t global_bytes_written = 0;
-  uint64_t copy_bytes = 0;  // the part of global_bytes_read that cp.async moved
+  uint64_t copy_bytes = 0;  // the part of global_bytes_read that cp.async and tma_load moved
   uint64_t atomics = 0;
   uint64_t barriers = 0;  // barriers completed, over all blocks
   uint64_t mma = 0;       // warp-level matrix products
+  uint64_t wgmma = 0;     // a warp's share of a warpgroup's, 16 rows of 64
 };
 
 Config& config();
@@ -289,6 +299,36 @@ inline void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   mma_s8(d, a, b0, b1, line);
 }
 
+// ---- what only Hopper has (core/cuda/hopper.cuh) ----
+
+// A matrix in global memory and the box that one tma_load copies, 128 bytes wide, its 16-byte chunks
+// permuted.
+struct TensorMap {
+  const unsigned char* base;
+  int64_t row_bytes, rows, stride;
+  int element_bytes, box_rows;
+};
+TensorMap tensor_map(const void* base, int element_bytes, int64_t row_bytes, int64_t rows, int64_t stride,
+                     int box_rows);
+uint32_t shared_address(const void* p);
+void mbarrier_init(uint64_t* barrier, int count);
+void mbarrier_expect(uint64_t* barrier, int bytes);
+void mbarrier_wait(uint64_t* barrier, uint32_t parity);
+void fence_proxy_async();
+void tma_load(void* dst, const TensorMap& map, int column, int row, uint64_t* barrier);
+void wgmma_fence(int line = __builtin_LINE());
+void wgmma_commit(int line = __builtin_LINE());
+void wgmma_retire(int pending, float* d, int line);
+template <int kPending>
+void wgmma_wait(float (&d)[64], int line = __builtin_LINE()) {
+  wgmma_retire(kPending, d, line);
+}
+void wgmma_start(float* d, uint64_t a, uint64_t b, bool accumulate, bool is_bf16, int line);
+template <class T>
+void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate, int line = __builtin_LINE()) {
+  wgmma_start(d, a, b, accumulate, std::is_same_v<T, __nv_bfloat16>, line);
+}
+
 // The harness' own accesses to kernel memory must not be seen as the kernel's: relaxed loads and atomics go
 // through these (defined in simt.cpp, which is compiled without hooks).
 uint64_t raw_load(const void* p, size_t bytes);
@@ -333,7 +373,19 @@ struct ShuffleArgument {
   int width;
   T result;
 };
-enum CollectiveKind { kShuffle = 1, kBallot, kReduce, kMatch, kLdmatrix, kMma, kWarpBarrier };
+enum CollectiveKind {
+  kShuffle = 1,
+  kBallot,
+  kReduce,
+  kMatch,
+  kLdmatrix,
+  kMma,
+  kWarpBarrier,
+  kWgmma,
+  kWgmmaFence,
+  kWgmmaCommit,
+  kWgmmaWait
+};
 
 template <class T>
 void combine_shuffle(void* const* arguments, unsigned mask) {

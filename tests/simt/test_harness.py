@@ -32,7 +32,7 @@ def run(harness):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("case", ["sums", "bf16", "f16", "s8", "lock"])
+@pytest.mark.parametrize("case", ["sums", "bf16", "f16", "s8", "lock", "warpgroup bf16", "warpgroup f16"])
 def test_right_kernels_pass(run, case, order):
     for seed in (1, 2, 3) if order == "random" else (1,):
         answer = run(case, order=order, seed=seed)
@@ -54,6 +54,21 @@ def test_right_kernels_pass(run, case, order):
 @pytest.mark.parametrize("order", ORDERS)
 def test_planted_faults_are_reported(run, fault, kind, order):
     assert kind in run("sums", fault, order)["kinds"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("NO_PROXY_FENCE", "wgmma reads a thread's stores without fence.proxy.async"),
+        ("ONE_WAITS", "shared memory read before tma_load was waited for"),
+        ("NO_ORDER_FENCE", "wgmma without wgmma.fence"),
+        ("TOUCH", "accumulators written while wgmma is under way"),
+        ("OVERWRITE", "shared memory race"),
+    ],
+)
+def test_planted_faults_of_warpgroups_are_reported(run, fault, kind):
+    for order in ORDERS:
+        assert kind in run("warpgroup bf16", fault, order)["kinds"]
 
 
 def test_a_missing_lock_shows_in_random_order(run):

@@ -1,9 +1,5 @@
 """The real CUDA sources of csrc/mips_topk, run on the CPU: answers, bytes, and faults planted in them."""
 
-import re
-import shutil
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,82 +8,7 @@ from realm_fast.benchmarks.gpu import model
 from realm_fast.device_index import DeviceIndex
 from realm_fast.ops.mips_topk import mips_topk, mips_topk_reference
 from simt.harness import ROOT
-
-SOURCES = sorted((ROOT / "csrc/mips_topk").glob("*.cu"))
-TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EMULATED = replace(model.H100, multiprocessors=4)
-ORDERS = [
-    {"order": "ascending"},
-    {"order": "descending"},
-    {"order": "random", "seed": 7, "yield_share": 0.003, "resident_blocks": 8},
-]
-
-
-def raw(tensor):
-    """The tensor's storage as numpy sees it, rows with their padding."""
-    rows = tensor if tensor._base is None else tensor._base
-    rows = rows.contiguous()
-    return rows.view(torch.int16).numpy() if rows.dtype in (torch.bfloat16, torch.float16) else rows.numpy()
-
-
-@pytest.fixture(scope="module")
-def program(harness):
-    return harness.build("drive_mips_topk.cpp", SOURCES)
-
-
-@pytest.fixture
-def search(harness, program, tmp_path):
-    """Runs the kernels on torch tensors; `blocks` may be a DeviceIndex."""
-
-    def search(queries, blocks, k, exclude=None, program=program, **options):
-        options.setdefault("num_seeds", 256)
-        inputs = {"exclude_ids": None if exclude is None else exclude.numpy()}
-        if isinstance(blocks, DeviceIndex):
-            inputs |= {
-                "queries": raw(queries), "blocks": raw(blocks.codes), "originals": raw(blocks.originals),
-                "block_residual": raw(blocks.residual), "block_norm": raw(blocks.norm),
-                "block_bounds": raw(blocks.bounds),
-                "block_scale": raw(blocks.scale) if blocks.dtype == "int8" else None,
-            }  # fmt: skip
-            options |= {
-                "dtype": blocks.dtype,
-                "block_stride": blocks.codes.stride(0),
-                "original_stride": blocks.originals.stride(0),
-            }
-        else:
-            inputs |= {"queries": raw(queries), "blocks": raw(blocks)}
-            options["dtype"] = str(blocks.dtype).removeprefix("torch.")
-            options.setdefault("block_stride", blocks.stride(0) if len(blocks) else blocks.shape[1])
-        shape = (len(queries), k)
-        return harness.run(
-            program,
-            tmp_path,
-            inputs=inputs,
-            outputs={"scores": (shape, np.float32), "ids": (shape, np.int64)},
-            B=len(queries),
-            N=len(blocks),
-            D=queries.shape[1],
-            k=k,
-            query_stride=queries.stride(0) if len(queries) else queries.shape[1],
-            exclude_width=0 if exclude is None else exclude.shape[1],
-            **options,
-        )
-
-    return search
-
-
-def integers(rng, shape, dtype, high=4):
-    """Small whole numbers: every sum is exact in every order, so that answers can be compared bit by bit."""
-    return torch.from_numpy(rng.integers(-high, high + 1, shape)).to(TORCH_TYPES[dtype])
-
-
-def assert_answer(run, queries, blocks, k, exclude=None):
-    assert run.raised == ""
-    assert run.errors == []
-    assert run.returncode == 0, run.stderr
-    want = mips_topk_reference(queries.double(), blocks.double(), k, exclude_ids=exclude)
-    np.testing.assert_array_equal(run.arrays["ids"], want.ids.numpy())
-    np.testing.assert_array_equal(run.arrays["scores"], want.scores.float().numpy())
+from simt.scans import EMULATED, ORDERS, SOURCES, assert_answer, build_changed, integers
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: o["order"])
@@ -107,7 +28,7 @@ def assert_answer(run, queries, blocks, k, exclude=None):
 def test_answers(search, dtype, B, N, D, k, options):
     rng = np.random.default_rng(B + N)
     queries, blocks = integers(rng, (B, D), dtype), integers(rng, (N, D), dtype)
-    assert_answer(search(queries, blocks, k, **options), queries, blocks, k)
+    assert_answer(search(queries, blocks, k, kernel="mma", **options), queries, blocks, k)
 
 
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: o["order"])
@@ -271,8 +192,8 @@ def scans(run):
 def test_copied_bytes_are_the_models(search, dtype, B, N, D):
     rng = np.random.default_rng(1)
     queries, blocks = integers(rng, (B, D), dtype), integers(rng, (N, D), dtype)
-    run = search(queries, blocks, 5, num_seeds=512)
-    plan = model.make_plan(dtype, B, D, EMULATED)
+    run = search(queries, blocks, 5, num_seeds=512, kernel="mma")
+    plan = model.make_plan(dtype, B, D, EMULATED, wgmma=False)
     ranges = max(4 * 2 // plan.num_chunks, 1)
     seed, rest = scans(run)
     assert seed["shared_bytes"] == rest["shared_bytes"] == plan.shared_bytes
@@ -304,12 +225,27 @@ def test_all_global_traffic_is_within_five_percent_of_the_least(search):
     assert moved == pytest.approx(paper.bytes, rel=0.02)
 
 
+@pytest.mark.parametrize("num_queries", [8, 32])
+def test_all_global_traffic_of_a_certified_scan_is_the_models(search, num_queries):
+    """At this size the survivors' originals are most of it: their number is what is held against the model."""
+    rng = np.random.default_rng(4)
+    queries = torch.from_numpy(rng.standard_normal((num_queries, 128), np.float32))
+    blocks = torch.from_numpy(rng.standard_normal((20_000, 128), np.float32))
+    run = search(queries, DeviceIndex.from_embeddings(blocks, "int8"), 10, num_seeds=1024)
+    assert run.errors == []
+    moved = run.total("global_bytes_read") + run.total("global_bytes_written")
+    paper = model.estimate("int8", num_queries, 20_000, 128, 10, EMULATED, certified=True, seeds=1024)
+    assert moved == pytest.approx(paper.bytes, rel=0.05)
+
+
 @pytest.mark.parametrize("device", [model.A100, model.H100, model.H200], ids=lambda d: d.name)
-@pytest.mark.parametrize("case", [case for case in model.CASES if not (case[1] and case[2] > 64)])
+@pytest.mark.parametrize("case", model.CASES)
 def test_the_model_at_production_size_is_within_five_percent(case, device):
+    """Of what memory must deliver; what kernels ask for, answered by L2 in part, is 15% over in one case."""
     dtype, certified, num_queries, num_blocks, dim = case
     e = model.estimate(dtype, num_queries, num_blocks, dim, 10, device, certified)
-    assert e.bytes <= 1.05 * e.minimum_bytes
+    assert e.memory_bytes <= 1.051 * e.minimum_bytes
+    assert e.bytes <= (1.16 if certified and num_queries > 64 else 1.05) * e.minimum_bytes
 
 
 def test_survivors_are_as_few_as_the_model_says(search):
@@ -320,7 +256,7 @@ def test_survivors_are_as_few_as_the_model_says(search):
     blocks = torch.from_numpy(rng.standard_normal((num_blocks, 16), np.float32))
     run = search(queries, blocks, k, num_seeds=1024)
     appended = run.total("atomics", "scan")  # one atomic a survivor, few more for compactions
-    expected = num_queries * model.expected_survivors(k, 1024, num_blocks, 256)
+    expected = num_queries * model.expected_survivors(k, 1024, num_blocks, model.MIN_CAPACITY)
     assert 0.7 * expected < appended < 1.3 * expected
 
 
@@ -376,7 +312,7 @@ def test_faults_of_the_instructions_are_missed(search, fault):
 MUTANTS = {  # what is changed: (file, from, to)
     "missed tail": ("scan.cuh", r"\(a\.last - a\.first \+ kTileBlocks - 1\) / kTileBlocks", "(a.last - a.first) / kTileBlocks"),
     "off-by-one load": ("scan.cuh", r"row \+ i < rows_left", "row + i <= rows_left"),
-    "padding let through": ("scan.cuh", r" && S::column\(c\) < tile_columns\) \{\n\s+hits", ") {\n hits"),
+    "padding let through": ("scan.cuh", r" && S::column\(c\) < step\.tile_columns\) \{\n\s+hits", ") {\n hits"),
     "swapped fragment index": ("scan.cuh", r"fb\[n / 2\]\[n % 2 \* 2\], fb\[n / 2\]\[n % 2 \* 2 \+ 1\]", "fb[n / 2][n % 2 * 2 + 1], fb[n / 2][n % 2 * 2]"),
     "lost tie": ("scan.cuh", r"if \(next_block > key_block\(threshold\)\)\s+\+\+ordered;", "(void)next_block, ++ordered;"),
     "ties to the higher id": ("select.cuh", r"\(0xffffffffu - static_cast<uint32_t>\(block\)\)", "static_cast<uint32_t>(block)"),
@@ -389,15 +325,10 @@ MUTANTS = {  # what is changed: (file, from, to)
 def test_mutants_of_the_source_are_missed(harness, search, tmp_path, name):
     """Each change compiles, and the answers or the checks give it away."""
     file, pattern, replacement = MUTANTS[name]
-    folder = tmp_path / "changed/mips_topk"
-    shutil.copytree(ROOT / "csrc/mips_topk", folder, ignore=shutil.ignore_patterns("*.cpp", "*.inl"))
-    text, count = re.subn(pattern, replacement, (folder / file).read_text())
-    assert count >= 1, f"the pattern of {name!r} no longer matches {file}"
-    (folder / file).write_text(text)
-    # Only the bf16 kernels run; the others are linked unchanged, after the changed ones.
-    changed = [folder / "mips_topk_bf16.cu"] + ([folder / "mips_topk.cu"] if file == "select.cuh" else [])
-    kept = [path for path in SOURCES if path.name not in {source.name for source in changed}]
-    program = harness.build("drive_mips_topk.cpp", [*changed, *kept], changed=tmp_path / "changed")
+    # Only the bf16 kernels run.
+    sources = ["mips_topk_bf16.cu"] + (["mips_topk.cu"] if file == "select.cuh" else [])
+    changes = [(f"mips_topk/{file}", pattern, replacement)]
+    program = build_changed(harness, tmp_path / "changed", sources, changes)
     if name == "lost tie":  # the lower ids of a tie come last, from another thread block
         queries, blocks = torch.ones(2, 16).bfloat16(), torch.zeros(1400, 16).bfloat16()
         blocks[130:] = 1

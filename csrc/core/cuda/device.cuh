@@ -6,7 +6,7 @@
 // (and of threadIdx, __syncthreads, shuffles, atomics and so on). A kernel therefore
 //   - declares shared memory with REALM_FAST_SHARED / REALM_FAST_DYNAMIC_SHARED,
 //   - is launched with REALM_FAST_LAUNCH,
-//   - uses PTX only through this header.
+//   - uses PTX only through this header (and hopper.cuh, for what only sm_90a has).
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@
 #define REALM_FAST_SHARED(type, name, count) \
   type* const name = static_cast<type*>(::simt::static_shared(__FILE__, __LINE__, sizeof(type) * (count)))
 #define REALM_FAST_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::dynamic_shared()
+#define REALM_FAST_SWIZZLED_SHARED(name) REALM_FAST_DYNAMIC_SHARED(name)
 #define REALM_FAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                               \
   ((void)(stream), ::simt::launch(#kernel, ::simt::dim3_of(grid), ::simt::dim3_of(block), shared_bytes, \
                                   [=] { (kernel)(__VA_ARGS__); }))
@@ -30,6 +31,10 @@
 
 #define REALM_FAST_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #define REALM_FAST_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// At a multiple of 1024 bytes; an array of its own name, because one name has one alignment.
+#define REALM_FAST_SWIZZLED_SHARED(name)                      \
+  extern __shared__ __align__(1024) unsigned char swizzled[]; \
+  unsigned char* const name = swizzled
 #define REALM_FAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 
