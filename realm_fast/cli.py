@@ -55,8 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="realm-fast",
         description="Train REALM-style models: a retriever and a masked language model learned jointly, "
         "through an exact search over an index that is refreshed while training runs.",
-        epilog="A whole run: realm-fast corpus build --out CORPUS; realm-fast ict RUN --corpus CORPUS; "
-        "realm-fast warmup RUN; realm-fast pretrain RUN; "
+        epilog="A whole run: realm-fast corpus build --out CORPUS; realm-fast pretrain RUN --corpus CORPUS; "
         "realm-fast finetune RUN; "
         "realm-fast evaluate RUN; realm-fast report RUN; realm-fast ask RUN QUESTION. "
         "`realm-fast COMMAND --help` explains each; `realm-fast info --settings` lists every setting.",
