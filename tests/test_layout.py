@@ -16,7 +16,7 @@ STEMS = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() 
 LAYERS = [
     ["errors", "types"],
     ["files", "ownership", "build", "device", "streams", "signals", "progress", "workers", "building"],
-    ["config", "metrics", "qa_metrics", "ops"],
+    ["config", "metrics", "qa_metrics", "schedule", "ops"],
     ["packaged", "tokenizer", "sentences", "sources", "token_store"],
     ["corpus", "masking", "questions", "packing"],
     ["encoder", "model_files", "objective", "optim"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["embedder", "reader", "index"],
     ["block_encoder", "index_builder"],
     ["device_index", "embedding", "retriever", "checkpoint", "reading", "gradient_cache"],
-    ["snapshot", "model", "run_folder", "evidence"],
+    ["snapshot", "drift", "model", "run_folder", "evidence"],
     ["snapshot_writer", "snapshot_watch", "handover"],
     ["refresh", "explain", "start", "stage", "qa_model"],
     ["refresher", "residence"],
