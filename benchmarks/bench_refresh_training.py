@@ -71,9 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     chosen = arguments.suites.split(",")
     if unknown := set(chosen) - set(SUITES):
         parser.error(f"--suites: unknown {', '.join(sorted(unknown))}")
-    logging.disable(logging.WARNING)  # that there are no evaluation questions
-    torch.set_num_threads(arguments.threads)
     with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)  # that there are no evaluation questions
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(arguments.threads)
         if arguments.work is None:
             arguments.work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         machine = roofline.machine()

@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from realm_fast.questions import (
     save_questions,
 )
 from realm_fast.tokenizer import Tokenizer
+from realm_fast.types import TopK
 
 
 def matcher(tokenizer, *answers, kind="string") -> AnswerMatcher:
@@ -386,9 +388,9 @@ def test_the_dense_part_adds_to_the_reach(user_store):
             return 50
 
         def search(self, queries, k):
-            ids = np.full((len(queries), k), -1, dtype=np.int64)
+            ids = torch.full((len(queries), k), -1)
             ids[0, 0] = target
-            return type("TopK", (), {"ids": ids})
+            return TopK(ids.float(), ids)
 
     tokenizer = user_store.tokenizer()
     target = next(i for i in range(50) if user_store.title(i) == "Otto Lind")

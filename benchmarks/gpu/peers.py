@@ -53,10 +53,11 @@ def search_methods(dtype: str, queries: torch.Tensor, blocks: torch.Tensor, k: i
 
     def faiss_knn():
         import faiss
-        import faiss.contrib.torch_utils
 
         if not hasattr(faiss, "StandardGpuResources"):
             raise ImportError("this faiss has no GPU support")
+        import faiss.contrib.torch_utils  # only now: it changes what faiss returns in the whole process
+
         resources = faiss.StandardGpuResources()
         whole, rows = queries.float(), blocks.float()
         return lambda: faiss.knn_gpu(resources, whole, rows, k, metric=faiss.METRIC_INNER_PRODUCT)
