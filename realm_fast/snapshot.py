@@ -9,6 +9,7 @@ A snapshot's folder is complete or absent and never changes. This module says wh
 deletes it; realm_fast.snapshot_writer makes them; docs/refresh.md has the whole protocol.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -271,7 +272,8 @@ def prune_snapshots(folder: Path, *, keep: int, pinned: Collection[str]) -> None
     partial = [one for one in found if not one.is_whole and (not whole or one > whole[-1])][-1:]
     for one in found:
         if one not in whole and one not in partial and one.path.name not in pinned:
-            retire_snapshot(one.path)
+            with contextlib.suppress(OSError):  # a full disk must not end the training; a later call tries again
+                retire_snapshot(one.path)
 
 
 def retire_snapshot(path: Path, *, even_if_open: bool = False) -> bool:
@@ -299,7 +301,8 @@ def retire_snapshot(path: Path, *, even_if_open: bool = False) -> bool:
             os.rename(path, doomed / path.name)
         except FileNotFoundError:  # somebody else was faster
             return False
-        fsync_dir(path.parent)
+        with contextlib.suppress(OSError):  # undone by a power cut, it would only be done again
+            fsync_dir(path.parent)
     finally:
         os.close(descriptor)
     if not is_open:  # large files take a while to go, and a trainer may be waiting

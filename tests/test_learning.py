@@ -219,7 +219,7 @@ def trained(world: World, name: str, *overrides: str) -> tuple[Outcome, Outcome,
         Reader.load(checkpoint.module_folder("reader")),
         temperature=temperature,
     ).eval()
-    in_use, last = (
+    *_, in_use, last = (
         open_snapshot(path).index for path in list_snapshots(run.pretrain_dir / "snapshots").values()
     )
     return (
