@@ -272,7 +272,9 @@ def prune_snapshots(folder: Path, *, keep: int, pinned: Collection[str]) -> None
     partial = [one for one in found if not one.is_whole and (not whole or one > whole[-1])][-1:]
     for one in found:
         if one not in whole and one not in partial and one.path.name not in pinned:
-            with contextlib.suppress(OSError):  # a full disk must not end the training; a later call tries again
+            with contextlib.suppress(
+                OSError
+            ):  # a full disk must not end the training; a later call tries again
                 retire_snapshot(one.path)
 
 
