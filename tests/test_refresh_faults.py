@@ -10,9 +10,6 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 
 
-@pytest.mark.xfail(
-    strict=False, reason="about one run in six ends early for a reason not found yet (timing decides)"
-)
 def test_no_fault_makes_it_serve_what_is_not_one_complete_snapshot(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -20,5 +17,8 @@ def test_no_fault_makes_it_serve_what_is_not_one_complete_snapshot(tmp_path):
         capture_output=True, text=True, env=environment, timeout=900, check=False,
     )  # fmt: skip
     print(result.stdout)
+    if result.returncode and "in revive" in result.stderr:
+        # One run in six or so: a process ended by itself. A wrong answer served still fails the test.
+        pytest.xfail(f"ended early, for a reason not found yet: {result.stderr[-2000:]}")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "200 injections" in result.stdout
