@@ -215,7 +215,10 @@ def open_snapshot(path: Path, *, expect: Provenance | None = None, verify: bool 
             found.check(expect, str(path / shard.file))
     for shard in manifest.shards:
         file = path / shard.file
-        size = file.stat().st_size if file.is_file() else -1
+        try:
+            size = file.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):  # deleted, perhaps at this very moment
+            size = -1
         if size != shard.bytes:
             raise CorruptArtifactError(f"{file}: {max(size, 0)} bytes, but its manifest says {shard.bytes}.")
     index: Index
