@@ -8,6 +8,7 @@
     trajectory   records the course of a training run (once; the next suite needs it)
     schedules    each schedule replayed over that course at equal work: recall against an always-fresh index
     run          a real run with its refreshes: the time line and the staleness of its index
+    mechanisms   wall-clock of each schedule with live refreshes in a process, beside the plain one
 
 The corpus (wiki-leads) and the warm start are the demo's. `--work` keeps the corpus and the trajectory
 between calls. Figures go to benchmarks/results, plots to docs/images.
@@ -47,7 +48,7 @@ from realm_fast.signals import StopRequest
 from realm_fast.token_store import TokenStore
 from realm_fast.train import Pretrainer
 
-SUITES = ("steps", "latency", "trajectory", "schedules", "run")
+SUITES = ("steps", "latency", "trajectory", "schedules", "run", "mechanisms")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 Figures = dict[str, Any]
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             "trajectory": record_trajectory,
             "schedules": bench_schedules,
             "run": bench_run,
+            "mechanisms": bench_mechanisms,
         }
         for name in chosen:
             _said.clear()
@@ -149,8 +151,9 @@ class Watched(Pretrainer):
     def run_for(self, steps: int) -> None:
         """Trains for so many steps, then stops as on a signal; the final index is not made."""
         self.begin_s = time.perf_counter()
+        self.stop = _StopAfter(self, steps)
         with contextlib.suppress(Interrupted):
-            self.train(_StopAfter(self, steps))
+            self.train()
 
     def _hand_over(self, reason: Reason) -> None:
         begin = time.perf_counter()
@@ -591,6 +594,52 @@ def bench_run(arguments: argparse.Namespace) -> Figures:
     if arguments.docs:
         plot_run(figures, IMAGES / f"refresh_{arguments.name}.png")
     return figures
+
+
+# --- what each schedule costs -------------------------------------------------------------------------------
+
+MECHANISMS = {  # a refresh takes about 16 steps
+    "plain": (),
+    "shard by shard": ("refresh.publish_every_shards=4",),
+    "shard by shard, by priority": ("refresh.publish_every_shards=4", "refresh.order=priority"),
+    "by drift": (
+        "refresh.trigger=drift", "refresh.drift_every_steps=20", "refresh.drift_min_steps=20",
+        "refresh.drift_overlap_below=0.975",
+    ),
+    "queries corrected": ("refresh.drift_every_steps=20", "refresh.correct_queries=true"),
+}  # fmt: skip
+
+
+def bench_mechanisms(arguments: argparse.Namespace) -> Figures:
+    """The same queries under every schedule, one after another; what they find is `schedules`' matter."""
+    store = corpus(arguments.work, settings())
+    found: dict[str, Figures] = {}
+    for name, overrides in MECHANISMS.items():
+        with watched(arguments.work, store, settings("refresh.every_steps=20", *overrides)) as trainer:
+            trainer.run_for(arguments.steps or 50)
+            records = read_metrics(trainer.folder / "metrics.jsonl")
+            each = np.diff([0.0, *trainer.ends_s])
+            found[name] = {
+                "overrides": list(overrides),
+                "step_s": each.tolist(),
+                "spent_s": trainer.spent_s,
+                "checks_s": trainer.checked_s,
+                "waited_s": sum(r["trainer_wait_s"] for r in records),
+                "handovers": len(trainer.handed_over_at),
+                "swaps": len(trainer.in_use_at),
+                "staleness": trainer.staleness,
+            }
+    base = sum(found["plain"]["step_s"])
+    _head("schedule", "ms a step, all in", "against plain", "median (quartiles)", "drift checks, ms a step",
+          "waited, s", "handovers", "swaps", "oldest shard, steps")  # fmt: skip
+    for name, one in found.items():
+        each, count = one["step_s"], len(one["step_s"])
+        low, median, high = (x * 1e3 for x in statistics.quantiles(each, n=4))
+        _row(name, f"{sum(each) / count * 1e3:.0f}", f"{sum(each) / base:.2f}x",
+             f"{median:.0f} ({low:.0f}-{high:.0f})", f"{one['checks_s'] / count * 1e3:.0f}",
+             f"{one['waited_s']:.3f}", one["handovers"], one["swaps"],
+             f"{statistics.fmean(oldest for _, oldest in one['staleness']):.1f}")  # fmt: skip
+    return {"schedules": found}
 
 
 # --- plots --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from realm_fast.errors import CorruptArtifactError, DataError
 from realm_fast.files import read_json, remove_staging, write_json
 from realm_fast.snapshot import snapshot_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ORDER_FILE, STATUS_FILE = "wanted.json", "status.json"
 
 
@@ -38,11 +38,12 @@ class Order:
     shard_blocks: int
     publish_every_shards: int
     shard_order: tuple[int, ...] | None
+    number: str  # another one each time it is asked for: the same weights may be wanted again
     is_last: bool = False  # the run is done; nothing will be wanted after this
 
     @property
-    def key(self) -> tuple[int, str]:
-        return self.step, self.encoder_hash
+    def key(self) -> tuple[int, str, str]:
+        return self.step, self.encoder_hash, self.number
 
     @property
     def weights_name(self) -> str:
@@ -78,6 +79,10 @@ class Handover:
         for old in self.folder.glob("weights-*"):
             if old != weights:  # a refresher may be reading it; it finds the new order then
                 shutil.rmtree(old, ignore_errors=True)
+
+    def holds(self, order: Order) -> bool:
+        """Whether the order and its weights are there (nobody deleted them)."""
+        return (self.folder / order.weights_name).exists() and (self.folder / ORDER_FILE).exists()
 
     def clear(self) -> None:
         """Nothing is wanted; what was on its way is deleted."""

@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import queue
+import secrets
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from typing import Any, Protocol
 from realm_fast.config import IndexConfig, RefreshConfig
 from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStopped
-from realm_fast.errors import RealmFastError, RefreshError
+from realm_fast.errors import CorruptArtifactError, DataError, RealmFastError, RefreshError
 from realm_fast.handover import FORMAT_VERSION, Handover, Order
 from realm_fast.ownership import Sighting, TakenError, own
 from realm_fast.snapshot import IndexSnapshot, Published, open_snapshot
@@ -48,6 +49,7 @@ OWNER_PATIENCE_S = 30.0  # for the refresher of a killed trainer to notice, and 
 WAIT_POLL_S = 0.02
 TRAINER, REFRESHER = "trainer", "refresher"  # what the owners of a snapshots folder call themselves
 SHARED_MEMORY = Path("/dev/shm")
+ShouldStop = Callable[[], object]  # asked now and then; true: stop
 log = logging.getLogger(__name__)
 
 
@@ -68,8 +70,13 @@ class Refresher(Protocol):
     def is_busy(self) -> bool:
         """Whether a snapshot is still to come from what was submitted."""
 
-    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
-        """The snapshot of exactly these weights; waits for it. Before the first submit or after close."""
+    def make_now(
+        self, step: int, embedder: Embedder, *, should_stop: ShouldStop | None = None, progress: bool = False
+    ) -> IndexSnapshot:
+        """The snapshot of exactly these weights; waits for it. Before the first submit or after close.
+
+        Raises EmbeddingStopped once `should_stop` returns True; finished shards are kept.
+        """
 
     def close(self, *, is_done: bool = False) -> None:
         """Stops; finished shards are kept. `is_done`: the run is complete, nothing more will be wanted."""
@@ -90,7 +97,7 @@ class RefreshTask:
         embedder: Embedder,
         *,
         shard_order: Sequence[int] | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        should_stop: ShouldStop | None = None,
         progress: bool = False,
     ) -> Path:
         """Publishes the snapshot of these weights. The caller must own the folder (realm_fast.ownership)."""
@@ -101,6 +108,18 @@ class RefreshTask:
             publish_every_shards=self.refresh.publish_every_shards,
             should_stop=should_stop, progress=progress,
         )  # fmt: skip
+
+    def make(
+        self, step: int, embedder: Embedder, *, should_stop: ShouldStop | None = None, progress: bool = False
+    ) -> IndexSnapshot:
+        """Publishes that snapshot and opens it, its hashes checked; once more if it was harmed in between."""
+        path = self.write(step, embedder, should_stop=should_stop, progress=progress)
+        try:
+            return open_snapshot(path, verify=True)
+        except (DataError, CorruptArtifactError) as error:
+            log.warning("the index of step %d is made again: %s", step, error)
+            self.write(step, embedder, should_stop=should_stop, progress=progress)
+            return open_snapshot(path, verify=True)
 
 
 def make_refresher(task: RefreshTask, *, work_dir: Path) -> Refresher:
@@ -134,9 +153,11 @@ class NoRefresher:
     def is_busy(self) -> bool:
         return False
 
-    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+    def make_now(
+        self, step: int, embedder: Embedder, *, should_stop: ShouldStop | None = None, progress: bool = False
+    ) -> IndexSnapshot:
         with own(self._task.folder, TRAINER, wait_s=OWNER_PATIENCE_S):
-            return open_snapshot(self._task.write(step, embedder, progress=progress))
+            return self._task.make(step, embedder, should_stop=should_stop, progress=progress)
 
     def close(self, *, is_done: bool = False) -> None:
         pass
@@ -176,6 +197,7 @@ class LiveRefresher(NoRefresher):
     def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
         self._submitted[step] = embedder.hash()
         self._pending_step = step
+        self._watch.expect_again(step)
         try:
             self._hand_over(step, self._submitted[step], embedder, shard_order)
         except (OSError, RealmFastError) as error:  # a full disk costs staleness, not the run
@@ -186,9 +208,7 @@ class LiveRefresher(NoRefresher):
         if snapshot is not None and snapshot.is_whole and snapshot.step == self._pending_step:
             self._pending_step = None
             self._delivered()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self.failures.append(self._messages.get_nowait())
+        self._take_messages()
         self._look_after()
         return snapshot
 
@@ -197,6 +217,11 @@ class LiveRefresher(NoRefresher):
 
     def close(self, *, is_done: bool = False) -> None:
         self._watch.close()
+
+    def _take_messages(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.failures.append(self._messages.get_nowait())
 
     def _bad(self, published: Published, error: Exception) -> None:
         message = f"snapshot {published.path.name} is not used: {error}"
@@ -278,6 +303,7 @@ class FollowedRefresher(LiveRefresher):
 
     def __init__(self, task: RefreshTask, folder: Path) -> None:
         self._handover = Handover(folder)
+        self._order: Order | None = None  # the newest that was published
         self._heard: tuple[str, int] | None = None
         self._said = ""
         self._sighting = Sighting(task.folder)
@@ -286,24 +312,30 @@ class FollowedRefresher(LiveRefresher):
     def is_busy(self) -> bool:
         return super().is_busy() and (self._watch.has_ready() or self._sighting.is_owned())
 
-    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+    def make_now(
+        self, step: int, embedder: Embedder, *, should_stop: ShouldStop | None = None, progress: bool = False
+    ) -> IndexSnapshot:
         """Waits for the refresher if there is one, and does the work itself if there is none (any more)."""
         self.submit(step, embedder)
         said = False
         while True:
             snapshot = self.poll()
-            if snapshot is not None and snapshot.step == step and self._pending_step is None:
+            if snapshot is not None and snapshot.step == step and snapshot.is_whole:
                 return snapshot
             if self._pending_step is None:
-                self.poll()  # what was said about it
+                self._take_messages()  # what was said about it
                 raise RefreshError("; ".join(self.failures))
+            if self._order is not None and not self._handover.holds(self._order):
+                self.submit(step, embedder)
             try:
                 with own(self._task.folder, TRAINER):
-                    return open_snapshot(self._task.write(step, embedder, progress=progress))
+                    return self._task.make(step, embedder, should_stop=should_stop, progress=progress)
             except TakenError as error:
                 if not said:
                     log.info("waiting for the index of step %d: %s", step, error)
                 said = True
+            if should_stop is not None and should_stop():
+                raise EmbeddingStopped(f"stopped waiting for the index of step {step}.")
             time.sleep(WAIT_POLL_S)
 
     def close(self, *, is_done: bool = False) -> None:
@@ -317,9 +349,10 @@ class FollowedRefresher(LiveRefresher):
         order = Order(
             FORMAT_VERSION, step, encoder_hash, self._task.store.corpus_hash, self._task.index,
             self._task.refresh.shard_blocks, self._task.refresh.publish_every_shards,
-            None if shard_order is None else tuple(shard_order),
+            None if shard_order is None else tuple(shard_order), secrets.token_hex(8),
         )  # fmt: skip
         self._handover.publish(order, embedder)
+        self._order = order
 
     def _listen(self) -> None:
         status = self._handover.status()
@@ -369,8 +402,10 @@ class ProcessRefresher(FollowedRefresher):
     def is_busy(self) -> bool:
         return self._watch.has_ready() or (self._pending_step is not None and not self._given_up)
 
-    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
-        return NoRefresher.make_now(self, step, embedder, progress=progress)
+    def make_now(
+        self, step: int, embedder: Embedder, *, should_stop: ShouldStop | None = None, progress: bool = False
+    ) -> IndexSnapshot:
+        return NoRefresher.make_now(self, step, embedder, should_stop=should_stop, progress=progress)
 
     def close(self, *, is_done: bool = False) -> None:
         self._given_up = True

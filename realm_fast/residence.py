@@ -23,7 +23,7 @@ from realm_fast.embedder import Embedder
 from realm_fast.errors import ConfigError
 from realm_fast.index import Index, MipsIndex
 from realm_fast.ops._cuda import device_reasons
-from realm_fast.refresh import Refresher
+from realm_fast.refresh import Refresher, ShouldStop
 from realm_fast.snapshot import IndexSnapshot
 from realm_fast.streams import side_stream
 
@@ -147,9 +147,11 @@ class ResidentRefresher:
     def submit(self, step: int, embedder: Embedder, *, shard_order: Sequence[int] | None = None) -> None:
         self._refresher.submit(step, embedder, shard_order=shard_order)
 
-    def make_now(self, step: int, embedder: Embedder, *, progress: bool = False) -> IndexSnapshot:
+    def make_now(
+        self, step: int, embedder: Embedder, *, should_stop: ShouldStop | None = None, progress: bool = False
+    ) -> IndexSnapshot:
         """As its refresher makes it: on the host. The first one decides where the others go (`place`)."""
-        return self._refresher.make_now(step, embedder, progress=progress)
+        return self._refresher.make_now(step, embedder, should_stop=should_stop, progress=progress)
 
     def poll(self) -> IndexSnapshot | None:
         if not self._residence.on_device:

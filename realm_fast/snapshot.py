@@ -11,6 +11,8 @@ deletes it; realm_fast.snapshot_writer makes them; docs/refresh.md has the whole
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,10 +25,10 @@ from typing import Any, NamedTuple
 
 from realm_fast import index_file
 from realm_fast.errors import CorruptArtifactError, DataError
-from realm_fast.files import STAGING_PREFIX, fsync_dir, read_json
+from realm_fast.files import STAGING_PREFIX, fsync_dir, read_json, write_json
 from realm_fast.index import FaissIndex, Index, MipsIndex, Provenance
 
-FORMAT_VERSION = 2  # 1 was one file for the whole index
+FORMAT_VERSION = 3  # 1 was one file for the whole index, 2 had no digest
 MANIFEST_FILE = "manifest.json"
 MIXED = "mixed"  # stands for the encoder's hash where shards of several encoders are searched together
 _NAME = re.compile(r"step-(\d{8,})(?:-part-(\d{5,}))?")
@@ -153,6 +155,16 @@ def trained_snapshot(folder: Path, state: Mapping[str, Any]) -> Path:
 # --- opening one --------------------------------------------------------------------------------------------
 
 
+def write_manifest(path: Path, manifest: SnapshotManifest) -> None:
+    """Writes a snapshot's manifest, with a digest: what it says of its shards is found nowhere else."""
+    values = asdict(manifest)
+    write_json(path / MANIFEST_FILE, {**values, "digest": _digest(values)})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> SnapshotManifest:
     """Reads and checks a snapshot's manifest.
 
@@ -169,6 +181,9 @@ def read_manifest(path: Path) -> SnapshotManifest:
                 f"{file}: an index of format {version}; this version of realm_fast reads {FORMAT_VERSION}. "
                 "Delete the folder and have the index made again."
             )
+        digest = values.pop("digest")
+        if digest != _digest(values):
+            raise ValueError("its digest is not that of its content")
         shards = tuple(ShardRecord(**shard) for shard in values.pop("shards"))
         manifest = SnapshotManifest(**values, shards=shards)
         _check_types(manifest, *shards)
@@ -301,11 +316,15 @@ def retire_snapshot(path: Path, *, even_if_open: bool = False) -> bool:
             is_open = True
             if not even_if_open:
                 return False
-        doomed = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}retired.", dir=path.parent))
-        try:
-            os.rename(path, doomed / path.name)
-        except FileNotFoundError:  # somebody else was faster
-            return False
+        while True:
+            doomed = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}retired.", dir=path.parent))
+            try:
+                os.rename(path, doomed / path.name)
+                break
+            except FileNotFoundError:
+                if not path.exists():  # somebody else was faster
+                    return False
+                # else it was `doomed` that a `remove_staging` of another process took away
         with contextlib.suppress(OSError):  # undone by a power cut, it would only be done again
             fsync_dir(path.parent)
     finally:

@@ -55,7 +55,7 @@ class SnapshotWatch:
         self._lock = threading.Lock()
         self._ready: IndexSnapshot | None = None
         self._newest: Published | None = None  # the last that was opened
-        self._passed_over: set[tuple[str, int]] = set()  # damaged, or of other weights
+        self._passed_over: set[tuple[str, int, int]] = set()  # damaged, or of other weights
         self._sound: set[tuple[int, ...]] = set()  # files whose every byte was checked
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -70,6 +70,12 @@ class SnapshotWatch:
             ready, self._ready = self._ready, None
         return ready
 
+    def expect_again(self, step: int) -> None:
+        """The snapshot of `step` is handed over once more although it was taken before."""
+        with self._lock:
+            if self._newest is not None and self._newest.step >= step:
+                self._newest = Published(step, False, -1, self._folder)  # before all of that step
+
     def has_ready(self) -> bool:
         return self._ready is not None
 
@@ -80,14 +86,16 @@ class SnapshotWatch:
 
     def look(self) -> None:
         """One look: opens the newest expected snapshot that is newer than the last one."""
+        newest = self._newest
         for one in reversed(published_snapshots(self._folder)):
-            if self._newest is not None and one[:3] <= self._newest[:3]:
+            if newest is not None and one[:3] <= newest[:3]:
                 return
             encoder_hash = self._expected.get(one.step)
             if encoder_hash is None:
                 continue
             try:
-                key = (one.path.name, os.stat(one.path).st_ino)
+                found = os.stat(one.path)
+                key = (one.path.name, found.st_ino, found.st_ctime_ns)  # an inode's number is used again
             except FileNotFoundError:  # pruned
                 continue
             if key in self._passed_over:
@@ -102,9 +110,9 @@ class SnapshotWatch:
             if snapshot is None:
                 self._passed_over.add(key)
                 continue
-            self._newest = one
             with self._lock:
-                self._ready = snapshot
+                if self._newest is newest:  # else an older one is expected again
+                    self._newest, self._ready = one, snapshot
             return
 
     def _open(self, path: Path, encoder_hash: str) -> IndexSnapshot | None:

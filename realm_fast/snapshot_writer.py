@@ -22,14 +22,13 @@ from realm_fast.config import Config, IndexConfig
 from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStats, EmbeddingStopped, embed_blocks, embed_index
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, ProvenanceError
-from realm_fast.files import atomic_dir, disk_errors, fsync_dir, link_or_copy, remove_staging, write_json
+from realm_fast.files import atomic_dir, disk_errors, fsync_dir, link_or_copy, remove_staging
 from realm_fast.index import FaissIndex, MipsIndex, Provenance
 from realm_fast.ownership import own
 from realm_fast.panels import PANEL_ROWS
 from realm_fast.progress import bar
 from realm_fast.snapshot import (
     FORMAT_VERSION,
-    MANIFEST_FILE,
     ShardRecord,
     SnapshotManifest,
     open_snapshot,
@@ -37,6 +36,7 @@ from realm_fast.snapshot import (
     read_manifest,
     retire_snapshot,
     snapshot_name,
+    write_manifest,
 )
 from realm_fast.token_store import TokenStore
 
@@ -167,7 +167,7 @@ def write_snapshot(
                 if due and is_new:
                     _publish_partial(folder, building, plan, records, seconds, blocks)
         manifest = plan.manifest([records[number] for number in sorted(records)], seconds, blocks)
-        _write_manifest(building, manifest)
+        write_manifest(building, manifest)
         _make_room(path)
         os.rename(building, path)
         fsync_dir(folder)
@@ -247,7 +247,7 @@ def _publish_partial(
             for shard in shards:
                 source = building if shard.step == plan.step else base_path
                 link_or_copy(source / shard.file, staging / shard.file)
-            _write_manifest(staging, plan.manifest(shards, seconds, blocks))
+            write_manifest(staging, plan.manifest(shards, seconds, blocks))
     except FileNotFoundError:
         if base_path.is_dir():
             raise
@@ -271,10 +271,6 @@ def _make_room(path: Path) -> None:
     """A folder of this name is of weights that were rolled back, or lost its manifest."""
     retire_snapshot(path, even_if_open=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_manifest(folder: Path, manifest: SnapshotManifest) -> None:
-    write_json(folder / MANIFEST_FILE, asdict(manifest))
 
 
 def build_index_folder(

@@ -31,6 +31,7 @@ from realm_fast.config import Config
 from realm_fast.device import HostCopy, resolve_device
 from realm_fast.drift import Drift, DriftProbe, QueryCorrection
 from realm_fast.embedder import Embedder
+from realm_fast.embedding import EmbeddingStopped
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, UserError
 from realm_fast.evaluate import parse_cutoffs
 from realm_fast.masking import MaskedQuery, Masker, prepare_spans
@@ -85,9 +86,9 @@ def pretrain(run: RunFolder, config: Config, *, resume: bool = False, progress: 
         UserError: settings, corpus or run do not fit together.
     """
     with run.lock("pretrain"), stop_on_signal() as stop:
-        trainer = Pretrainer(run, config, resume=resume, progress=progress)
+        trainer = Pretrainer(run, config, resume=resume, progress=progress, stop=stop)
         try:
-            trainer.train(stop)
+            trainer.train()
         finally:
             trainer.close()
 
@@ -117,8 +118,17 @@ class Window:
 class Pretrainer:
     """The parts of one pre-training process, and the loop over them."""
 
-    def __init__(self, run: RunFolder, config: Config, *, resume: bool, progress: bool) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: Config,
+        *,
+        resume: bool,
+        progress: bool,
+        stop: StopRequest | None = None,
+    ) -> None:
         self.run, self.config, self.progress = run, config, progress
+        self.stop = stop or StopRequest()
         self.folder = run.pretrain_dir
         self.checkpoints, self.snapshots = self.folder / "checkpoints", run.snapshots_dir
         checkpoint = newest_checkpoint(self.checkpoints)
@@ -221,8 +231,8 @@ class Pretrainer:
 
     # --- the loop -----------------------------------------------------------------------------------------
 
-    def train(self, stop: StopRequest) -> None:
-        settings = self.config.pretrain
+    def train(self) -> None:
+        settings, stop = self.config.pretrain, self.stop
         self.probe.measure("before", self.snapshot, only_if_missing=True)
         warmup = pretrain_warmup_steps(settings.warmup_steps, settings.steps)
         first = self.step
@@ -384,12 +394,28 @@ class Pretrainer:
                     error,
                 )
         with self.run.stage("index") as details:
-            snapshot = self.refresher.make_now(self.step, self.model.embedder, progress=self.progress)
+            snapshot = self._make_index()
             details |= {
                 "blocks": snapshot.manifest.num_blocks,
                 "blocks_per_s": snapshot.manifest.blocks_per_s,
             }
         return snapshot
+
+    def _make_index(self) -> IndexSnapshot:
+        """The index of the present weights; waits for it, unless somebody asks this process to stop."""
+        try:
+            return self.refresher.make_now(
+                self.step,
+                self.model.embedder,
+                should_stop=lambda: bool(self.stop),
+                progress=self.progress,
+            )
+        except EmbeddingStopped:
+            self.stop.raise_interrupted(
+                f"stopped while the index of step {self.step} was being made; "
+                "--resume goes on from the newest checkpoint, if there is one"
+            )
+            raise
 
     def _placed(self, snapshot: IndexSnapshot) -> IndexSnapshot:
         """`snapshot`, with its index where this run searches."""
@@ -459,7 +485,7 @@ class Pretrainer:
         if not limit:
             return 0.0
         begin = time.monotonic()
-        while step - 1 - self.snapshot.oldest_step > limit and self.refresher.is_busy():
+        while step - 1 - self.snapshot.oldest_step > limit and self.refresher.is_busy() and not self.stop:
             time.sleep(WAIT_POLL_S)
             self._swap_snapshot()
         return time.monotonic() - begin
@@ -468,8 +494,7 @@ class Pretrainer:
         if self.step == self.config.pretrain.steps:  # what comes next searches an index of the final weights
             if self.config.refresh.mode != "follow":
                 self.refresher.close()  # whatever it is at would be older
-            made = self.refresher.make_now(self.step, self.model.embedder, progress=self.progress)
-            self.snapshot = self._placed(made)
+            self.snapshot = self._placed(self._make_index())
         modules: dict[str, SavesItself] = {"embedder": self.model.embedder, "reader": self.model.reader}
         if self.config.refresh.correct_queries:
             modules["correction"] = self.correction or QueryCorrection.none(self.model.embedder.dim)

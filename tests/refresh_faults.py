@@ -338,7 +338,10 @@ class Saboteur:
         return True
 
     def _some(self, folder: Path, pattern: str) -> list[Path]:
-        found = sorted(folder.glob(pattern))
+        try:
+            found = sorted(folder.glob(pattern))
+        except FileNotFoundError:  # a folder went away while it was looked through
+            return []
         self.chance.shuffle(found)
         return found
 

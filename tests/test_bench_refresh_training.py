@@ -73,3 +73,14 @@ def test_a_run_leaves_its_time_line(work):
     assert [newest for newest, _ in found["staleness"]] == [s % 4 for s in range(12)]
     assert [step for _, step, _ in found["in_use_at"]] == [4, 8, 12]
     assert (work / "runs" / "run" / "pretrain" / "metrics.jsonl").exists()
+
+
+def test_each_schedule_is_timed_with_its_own_means(work, monkeypatch):
+    in_threads = ("refresh.mode=thread", *SETTINGS)  # quicker to start than processes
+    monkeypatch.setattr(bench, "settings", lambda *more: qa_world.settings(work, *in_threads, *more))
+    found = run(work, "mechanisms", "--steps", "22")["schedules"]
+    assert set(found) == set(bench.MECHANISMS)
+    assert all(len(one["step_s"]) == 22 and one["waited_s"] == 0 for one in found.values())
+    assert found["plain"]["handovers"] == found["shard by shard"]["handovers"] == 1
+    assert found["plain"]["checks_s"] == 0 < found["by drift"]["checks_s"]
+    assert found["queries corrected"]["checks_s"] > 0

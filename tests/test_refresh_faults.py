@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).resolve().parent
 
 
@@ -17,8 +15,5 @@ def test_no_fault_makes_it_serve_what_is_not_one_complete_snapshot(tmp_path):
         capture_output=True, text=True, env=environment, timeout=900, check=False,
     )  # fmt: skip
     print(result.stdout)
-    if result.returncode and "in revive" in result.stderr:
-        # One run in six or so: a process ended by itself. A wrong answer served still fails the test.
-        pytest.xfail(f"ended early, for a reason not found yet: {result.stderr[-2000:]}")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "200 injections" in result.stdout

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 
 import pytest
 import torch
 
-from realm_fast import snapshot_writer
+from realm_fast import snapshot, snapshot_writer
 from realm_fast.config import IndexConfig, load_config
 from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStopped, embed_blocks
@@ -332,7 +333,8 @@ def test_truncated_altered_exchanged_or_missing_files_are_refused(tmp_path, embe
     [
         ('{"step": 1}', CorruptArtifactError, "not a snapshot manifest"),
         ('{"step": 1, "sha256": "0", "bytes": 1}', DataError, "an index of format 1; this version"),
-        ('{"format_version": 3}', DataError, "an index of format 3; this version"),
+        ('{"format_version": 4}', DataError, "an index of format 4; this version"),
+        ('{"format_version": 2, "shards": []}', DataError, "an index of format 2; this version"),
         ("[]", CorruptArtifactError, "not a snapshot manifest"),
         ('{"format_ver', CorruptArtifactError, "not valid JSON"),
     ],
@@ -357,9 +359,32 @@ def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, embedder, store
         manifest["step"] = 2
     else:
         manifest["shards"], manifest["num_blocks"] = [], 0
+    del manifest["digest"]
+    manifest["digest"] = snapshot._digest(manifest)
     (path / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(CorruptArtifactError, match="not a snapshot manifest"):
+    with pytest.raises(CorruptArtifactError, match=r"not a snapshot manifest \((?!its digest)"):
         open_snapshot(path)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path, embedder, store):
+    path = write(tmp_path, 1, embedder, store)
+    whole = (path / MANIFEST_FILE).read_bytes()
+    at = whole.index(embedder.hash().encode())  # still a hash, of weights that nobody has
+    for position in (at, at + 63, whole.index(b'"step": 1') + 8, *range(0, len(whole), 37)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 2
+        (path / MANIFEST_FILE).write_bytes(flipped)
+        try:
+            assert read_manifest(path) == read_manifest_of(whole, tmp_path), chr(
+                whole[position]
+            )  # white space
+        except (CorruptArtifactError, DataError):
+            continue
+
+
+def read_manifest_of(content, tmp_path):
+    (tmp_path / MANIFEST_FILE).write_bytes(content)
+    return read_manifest(tmp_path)
 
 
 def test_an_unfinished_snapshot_is_not_listed(tmp_path, embedder, store):
@@ -489,3 +514,21 @@ def test_index_build_goes_on_where_it_was_stopped(tmp_path, embedder, store, mon
     change(embedder)
     with pytest.raises(DataError, match="exists already, and is not the index of these weights"):
         build_index_folder(tmp_path / "index", embedder, store, config)
+
+
+def test_a_snapshot_is_retired_although_another_process_cleans_up_meanwhile(
+    tmp_path, store, embedder, monkeypatch
+):
+    path, real = write(tmp_path, 1, embedder, store), tempfile.mkdtemp
+    made = []
+
+    def cleaned_away_at_first(**options):
+        made.append(real(**options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", cleaned_away_at_first)
+    assert retire_snapshot(path)
+    assert len(made) == 2
+    assert not path.exists()

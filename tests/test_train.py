@@ -15,12 +15,20 @@ import torch
 
 from realm_fast.checkpoint import checkpoint_steps, newest_checkpoint
 from realm_fast.config import apply_overrides
-from realm_fast.errors import ConfigError, DataError, ProvenanceError, TrainingDivergedError, UserError
+from realm_fast.errors import (
+    ConfigError,
+    DataError,
+    Interrupted,
+    ProvenanceError,
+    TrainingDivergedError,
+    UserError,
+)
 from realm_fast.metrics import read_jsonl, read_metrics
 from realm_fast.optim import step_seed
-from realm_fast.ownership import Sighting
+from realm_fast.ownership import Sighting, own
 from realm_fast.refresher import run_refresher
 from realm_fast.run_folder import RunFolder
+from realm_fast.signals import StopRequest
 from realm_fast.snapshot import list_snapshots, snapshot_name
 from realm_fast.train import Pretrainer, pretrain
 from tests import qa_world
@@ -257,10 +265,8 @@ def test_resuming_after_an_interruption_takes_the_same_steps(tmp_path, store, fi
 
 
 def pretrain_with(trainer):
-    from realm_fast.signals import StopRequest
-
     try:
-        trainer.train(StopRequest())
+        trainer.train()
     finally:
         trainer.close()
 
@@ -476,3 +482,18 @@ def test_a_lost_snapshot_is_made_again_and_said(tmp_path, store, caplog):
     pretrain(run, config, resume=True)
     assert "index is embedded again" in caplog.text
     assert max(losses(run)) == STEPS
+
+
+def test_a_stop_while_it_waits_for_an_index_ends_it(tmp_path, store):
+    run, config = new_run(tmp_path, store, "refresh.mode=follow", "pretrain.illustrations=0")
+    stop = StopRequest()
+
+    def ask_to_stop():
+        stop.signal_number = signal.SIGTERM
+
+    with own(run.snapshots_dir, "a refresher that does nothing"):
+        threading.Timer(0.3, ask_to_stop).start()
+        with pytest.raises(Interrupted, match="SIGTERM: stopped while the index of step 0 was being made"):
+            Pretrainer(run, config, resume=False, progress=False, stop=stop)
+    pretrain(run, config)
+    assert losses(run)[STEPS]
