@@ -55,7 +55,7 @@ gpu-check: $(READY)  ## correctness on a GPU: pytest -m gpu, compute-sanitizer w
 gpu-bench: $(READY)  ## ours beside its peers on a GPU
 	$(BIN)/python -m realm_fast.benchmarks.gpu.bench
 
-sanitize: $(READY)  ## native tests under address+undefined and thread sanitizers
+sanitize: $(READY)  ## native tests under address+undefined and thread sanitizers, and with AVX-512 emulated
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash tests/native/run_sanitizers.sh
 
 slice:  ## every file of one kernel: make slice S=mips_topk

@@ -61,6 +61,9 @@ CpuFeatures detected_cpu_features() {
                __builtin_cpu_supports("avx512cd");
     f.avx512bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
     f.avx512vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
+#ifdef REALM_FAST_EMULATED_AVX512  // tests/native/emulated_avx512.h
+    f.avx512 = f.avx512bf16 = f.avx512vnni = f.avx2;
+#endif
 #endif
     return f;
   }();
