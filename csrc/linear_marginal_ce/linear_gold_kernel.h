@@ -564,14 +564,18 @@ REALM_FAST_APART void d_weight_tile(const LinearGoldPlan& plan, int64_t v, int64
     if (v + r >= a.vocab) break;
     const int64_t at = (v + r) * a.width + column;
     if (sizeof(typename C::acc) == 4 && a.d_weight_dtype == kFloat32 && columns == NV * lanes) {
+      auto* to = static_cast<typename C::acc*>(a.d_weight) + at;
       REALM_FAST_UNROLL
       for (int j = 0; j < NV; ++j) {
-        V::store(static_cast<typename C::acc*>(a.d_weight) + at + j * lanes, tile.v[r][j]);
+        V::store(to + j * lanes, a.accumulate ? V::load(to + j * lanes) + tile.v[r][j] : tile.v[r][j]);
       }
     } else {
       typename C::acc values[NV * lanes];
       REALM_FAST_UNROLL
       for (int j = 0; j < NV; ++j) V::store(values + j * lanes, tile.v[r][j]);
+      for (int64_t c = 0; a.accumulate && c < columns; ++c) {
+        values[c] += static_cast<typename C::acc>(read(a.d_weight, a.d_weight_dtype, at + c));
+      }
       store_elements(a.d_weight, a.d_weight_dtype, at, values, columns);
     }
   }
@@ -626,7 +630,8 @@ void backward_vocab(const LinearGoldPlan& plan, int64_t chunk, int64_t begin, in
         const auto sums = column_sums[(v - v0) / C::rows][(v - v0) % C::rows];
         T total = 0;
         for (int i = 0; i < V::lanes; ++i) total += sums[i];
-        static_cast<T*>(a.d_bias)[v] = total;
+        T* to = static_cast<T*>(a.d_bias) + v;
+        *to = a.accumulate ? *to + total : total;
       }
     }
     if (a.d_weight == nullptr) continue;

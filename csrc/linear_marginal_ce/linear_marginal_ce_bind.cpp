@@ -40,6 +40,7 @@ LinearGold args_of(const py::dict& d) {
   a.d_weight = pointer("d_weight");
   a.d_weight_dtype = static_cast<int>(integer("d_weight_dtype"));
   a.d_bias = pointer("d_bias");
+  a.accumulate = integer("accumulate") != 0;
   a.chunk_vocab = integer("chunk_vocab");
   a.workspace = pointer("workspace");
   return a;

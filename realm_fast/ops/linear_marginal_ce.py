@@ -30,7 +30,10 @@ from realm_fast.ops.marginal_lse import (
     Level,
     accumulation_dtype,
     cuda_stream,
+    double_backward_error,
     marginal_log_likelihood,
+    marginal_lse_backward_op,
+    marginal_lse_op,
     no_double_backward,
 )
 
@@ -96,8 +99,12 @@ def reduce_loss(loss: Tensor, mask: Tensor, level: Level, reduction: str) -> Ten
         return loss
     if reduction == "sum":
         return loss.sum()
-    counted = mask.sum() if level == "token" else mask.any(-1).sum()
-    return loss.sum() / counted.clamp(min=1)
+    return loss.sum() / _num_counted(mask, level)
+
+
+def _num_counted(mask: Tensor, level: Level) -> Tensor:
+    """Positions ("token") or queries with one ("sequence"); 1 if there are none."""
+    return (mask.sum() if level == "token" else mask.any(-1).sum()).clamp(min=1)
 
 
 def linear_marginal_cross_entropy(
@@ -159,9 +166,7 @@ def linear_marginal_cross_entropy(
 
     Source: REALM (Guu et al. 2020) section 3; the gradients in docs/ops/linear_marginal_ce.md.
     """
-    compute, chunk_bytes = _check_arguments(
-        hidden, weight, bias, labels, retrieval_scores, level, reduction, chunk_bytes
-    )
+    compute = _check_arguments(hidden, weight, bias, labels, retrieval_scores, level, reduction, chunk_bytes)
     check_int("keep_logits_bytes", keep_logits_bytes, minimum=0)
     if not 0.0 <= drop_responsibility_below < 1.0:
         raise ValueError(f"drop_responsibility_below: expected 0 <= x < 1, got {drop_responsibility_below}")
@@ -177,35 +182,47 @@ def linear_marginal_cross_entropy(
         },
     )
     mask = labels != ignore_index  # [B, M]
-    if chosen == "reference":
-        _check_labels(torch.where(mask, labels, NOT_COUNTED), weight.shape[0])
-        gold, candidate, _ = reference_terms(hidden, weight, bias, labels, retrieval_scores, ignore_index)
-    else:
-        batch, candidates, positions, width = hidden.shape
-        present = ~torch.isneginf(retrieval_scores)[..., None]  # [B, K, 1]
-        row_labels = torch.where(mask[:, None] & present, labels[:, None], NOT_COUNTED)
-        learns = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-        keeps = learns and torch.is_grad_enabled() and chosen == "cpu"
-        gold, _, _, _ = linear_gold_op(
-            hidden.reshape(-1, width),
-            weight,
-            bias,
-            row_labels.reshape(-1),
-            compute,
-            chunk_bytes,
-            keep_logits_bytes if keeps else 0,
-            chosen,
+    dropped_mass = hidden.new_zeros((), dtype=accumulation_dtype(compute))
+    present = ~torch.isneginf(retrieval_scores)[..., None]  # [B, K, 1]
+    row_labels = torch.where(mask[:, None] & present, labels[:, None], NOT_COUNTED)  # [B, K, M]
+    plan = None
+    if chosen == "cpu" and reduction != "none" and keep_logits_bytes == 0 and drop_responsibility_below == 0:
+        plan = _plan_one_pass(hidden, weight, bias, row_labels, level, reduction, compute, chunk_bytes)
+    if plan is not None:
+        candidate = torch.log_softmax(retrieval_scores.to(dropped_mass.dtype), -1)
+        loss, gold, marginal, responsibility = _LossInOnePass.apply(
+            hidden.flatten(0, 2), weight, bias, candidate, row_labels, mask, plan
         )
-        gold = gold.view(batch, candidates, positions)
-        candidate = torch.log_softmax(retrieval_scores.to(gold.dtype), -1)
-    small_impl = {"blas": "auto"}.get(chosen, chosen)
-    dropped_mass = gold.new_zeros(())
-    if drop_responsibility_below > 0:
-        gold, dropped_mass = _drop_rows(gold, candidate, mask, level, drop_responsibility_below)
-    marginal, responsibility = marginal_log_likelihood(
-        gold, candidate, mask, level=level, impl=small_impl, return_responsibility=True
-    )
-    loss = reduce_loss(-marginal, mask, level, reduction)
+    else:
+        if chosen == "reference":
+            _check_labels(torch.where(mask, labels, NOT_COUNTED), weight.shape[0])
+            gold, candidate, _ = reference_terms(hidden, weight, bias, labels, retrieval_scores, ignore_index)
+        else:
+            learns = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+            keeps = learns and torch.is_grad_enabled() and chosen == "cpu"
+            gold, _, _, _ = linear_gold_op(
+                hidden.flatten(0, 2),
+                weight,
+                bias,
+                row_labels.flatten(),
+                compute,
+                chunk_bytes or (CPU_CHUNK_BYTES if hidden.is_cpu else CUDA_CHUNK_BYTES),
+                keep_logits_bytes if keeps else 0,
+                chosen,
+            )
+            gold = gold.view(row_labels.shape)
+            candidate = torch.log_softmax(retrieval_scores.to(gold.dtype), -1)
+        if drop_responsibility_below > 0:
+            gold, dropped_mass = _drop_rows(gold, candidate, mask, level, drop_responsibility_below)
+        marginal, responsibility = marginal_log_likelihood(
+            gold,
+            candidate,
+            mask,
+            level=level,
+            impl={"blas": "auto"}.get(chosen, chosen),
+            return_responsibility=True,
+        )
+        loss = reduce_loss(-marginal, mask, level, reduction)
     if not return_stats:
         return loss
     gold, candidate, marginal = gold.detach(), candidate.detach(), marginal.detach()
@@ -215,7 +232,7 @@ def linear_marginal_cross_entropy(
 
 
 def _check_arguments(hidden, weight, bias, labels, retrieval_scores, level, reduction, chunk_bytes):
-    """Checks everything that needs no look at values; returns the compute dtype and the chunk's bytes."""
+    """Checks everything that needs no look at values; returns the compute dtype."""
     check_choice("level", level, LEVELS)
     check_choice("reduction", reduction, REDUCTIONS)
     check_tensor("hidden", hidden, shape=("B", "K", "M", "H"), dtypes=FLOAT_DTYPES)
@@ -234,15 +251,14 @@ def _check_arguments(hidden, weight, bias, labels, retrieval_scores, level, redu
     check_tensor(
         "retrieval_scores", retrieval_scores, shape=(batch, candidates), dtypes=FLOAT_DTYPES, device=device
     )
-    if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if hidden.is_cpu else CUDA_CHUNK_BYTES
-    check_int("chunk_bytes", chunk_bytes, minimum=1)
+    if chunk_bytes is not None:
+        check_int("chunk_bytes", chunk_bytes, minimum=1)
     compute = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
     if torch.float64 in (hidden.dtype, weight.dtype):
         compute = torch.float64
     elif compute == torch.float16 and hidden.is_cpu:
         compute = torch.float32  # CPUs multiply no float16; float32 loses nothing
-    return compute, chunk_bytes
+    return compute
 
 
 def _drop_rows(gold, candidate, mask, level, threshold) -> tuple[Tensor, Tensor]:
@@ -507,7 +523,9 @@ def _add_kept(arguments, kept: Tensor, compute) -> None:
     arguments |= {"kept": kept.data_ptr() if groups else 0, "keep_vocab": groups * _VOCAB_GROUP}
 
 
-def _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, kept):
+def _native_backward(
+    hidden, weight, bias, rows, row_values, outputs, compute, chunk_bytes, kept, accumulate=False
+):
     labels, row_max, row_logsum, grad = row_values
     acc = accumulation_dtype(compute)
     tensors, arguments = _native_arguments(hidden, weight, bias, rows, labels, acc)
@@ -515,16 +533,21 @@ def _native_backward(hidden, weight, bias, rows, row_values, outputs, compute, c
     for name, output in zip(("d_hidden", "d_weight", "d_bias"), outputs, strict=True):
         if output is not None:
             arguments |= {name: output.data_ptr(), f"{name}_dtype": DTYPE_CODES[output.dtype]}
+    arguments["accumulate"] = int(accumulate)
     _add_kept(arguments, kept, compute)
     vocab, width = weight.shape
-    item = 2 if compute == torch.bfloat16 else acc.itemsize
-    # One vocabulary entry of a chunk: its d logits (bfloat16: in two layouts) and its packed row of weight.
-    row_bytes = (len(rows) + _ROW_PADDING) * acc.itemsize + (width + _ROW_PADDING) * item
-    arguments["chunk_vocab"] = chunk_vocab(chunk_bytes, row_bytes, vocab)
+    arguments["chunk_vocab"] = chunk_vocab(chunk_bytes, _entry_bytes(len(rows), width, compute), vocab)
     threads = torch.get_num_threads()
     workspace = _with_workspace(arguments, compute, True, threads)
     _native.linear_gold_backward(arguments, _COMPUTE_CODES[compute], threads)
     del tensors, workspace
+
+
+def _entry_bytes(rows: int, width: int, compute: torch.dtype) -> int:
+    """One vocabulary entry of a chunk: its d logits (bfloat16: in two layouts), its packed row of weight."""
+    acc = accumulation_dtype(compute)
+    item = 2 if compute == torch.bfloat16 else acc.itemsize
+    return (rows + _ROW_PADDING) * acc.itemsize + (width + _ROW_PADDING) * item
 
 
 def chunk_vocab(chunk_bytes: int, row_bytes: int, vocab: int) -> int:
@@ -537,6 +560,166 @@ def chunk_vocab(chunk_bytes: int, row_bytes: int, vocab: int) -> int:
     block = 96  # what one task takes: whole tasks keep the threads evenly busy
     entries = entries // block * block if entries > block else entries
     return min(entries, -(-vocab // _VOCAB_GROUP) * _VOCAB_GROUP)
+
+
+# ---- native CPU, a scalar loss: its gradients while the logits are there ----
+
+
+class _OnePass(NamedTuple):
+    """How a loss and its gradients are computed together."""
+
+    level: Level
+    reduction: str
+    compute: torch.dtype
+    rows: int  # at most so many rows of logits at once
+    chunk_bytes: int  # for a chunk of the vocabulary in the backward products
+    needs: tuple[bool, bool, bool]  # d hidden, d weight, d bias
+
+
+def _plan_one_pass(hidden, weight, bias, row_labels, level, reduction, compute, chunk_bytes):
+    """The plan, or None where two passes are right or leaner.
+
+    The upstream gradient scales finished gradients, so they must be of the accumulation dtype; and the budget
+    must hold the logits of the largest group: of `chunk_bytes` three quarters, or else those of an eighth of
+    the rows, a sixteenth of what plain torch holds.
+    """
+    needs = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    acc = accumulation_dtype(compute)
+    if (
+        not any(needs)
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or any(t is not None and t.dtype != acc for t in (hidden, weight, bias))
+        or (compute == torch.bfloat16 and _native.linear_gold_has_bf16())
+    ):
+        return None
+    sizes = _group_sizes(row_labels != NOT_COUNTED, level)
+    largest, total = (int(sizes.max()), int(sizes.sum())) if sizes.numel() else (0, 0)
+    vocab, width = weight.shape
+    row_bytes = acc.itemsize * (vocab + _VOCAB_GROUP)  # of logits
+    if chunk_bytes is None:
+        rows, vocab_bytes = max(total // 8, CPU_CHUNK_BYTES // row_bytes), CPU_CHUNK_BYTES // 4
+    else:
+        rows, vocab_bytes = chunk_bytes * 3 // 4 // row_bytes, chunk_bytes // 4
+    rows = min(rows, total)
+    if not 0 < largest <= rows or vocab_bytes < _VOCAB_GROUP * _entry_bytes(rows, width, compute):
+        return None
+    panel = _panel_rows(compute)
+    whole_panels = rows if rows == total else rows // panel * panel
+    return _OnePass(level, reduction, compute, max(whole_panels, largest), vocab_bytes, needs)
+
+
+def _group_sizes(counted: Tensor, level: Level) -> Tensor:
+    """Of counted [B, K, M], the rows that share a marginal: [B, M] for "token", [B] for "sequence"."""
+    return counted.sum(1) if level == "token" else counted.sum((1, 2))
+
+
+def _whole_groups(sizes: Tensor, most: int) -> list[tuple[int, int]]:
+    """[begin, end) of chunks of rows, each of whole groups and at most `most` rows."""
+    chunks, begin, end = [], 0, 0
+    for size in sizes.flatten().tolist():
+        if end + size - begin > most:
+            chunks.append((begin, end))
+            begin = end
+        end += size
+    return [*chunks, (begin, end)]
+
+
+def _loss_and_gradients(hidden, weight, bias, candidate, row_labels, mask, plan: _OnePass):
+    """(loss, gold, marginal, responsibility) and (d hidden, d weight, d bias, d candidate) of the loss.
+
+    A chunk is some groups of rows with all their candidates, and the whole vocabulary: its logits, its
+    responsibilities, its share of the gradients, and the logits are gone.
+    """
+    acc = accumulation_dtype(plan.compute)
+    hidden, weight, labels = hidden.contiguous(), weight.contiguous(), row_labels.flatten()
+    counted = _check_labels(labels, weight.shape[0]).view(row_labels.shape)
+    group_order = torch.arange(len(labels)).view(row_labels.shape).transpose(1, 2)  # [B, M, K]
+    rows = group_order[counted.transpose(1, 2)]  # [R]
+    needs_hidden, needs_weight, needs_bias = plan.needs
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+    d_weight, d_bias = (
+        _huge_pages(torch.empty_like(t, memory_format=torch.contiguous_format)) if needed else None
+        for t, needed in ((weight, needs_weight), (bias, needs_bias))
+    )
+    kept_bytes = (plan.rows + _ROW_PADDING) * (weight.shape[0] + _VOCAB_GROUP) * acc.itemsize
+    kept = _huge_pages(hidden.new_empty(kept_bytes, dtype=torch.uint8))
+    gold = hidden.new_zeros(row_labels.shape, dtype=acc)
+    d_marginal: Tensor | None = None
+    for begin, end in _whole_groups(_group_sizes(counted, plan.level), plan.rows):
+        chunk = rows[begin:end]
+        gold_rows, row_max, row_logsum = _native_forward(
+            hidden, weight, bias, chunk, labels[chunk], plan.compute, kept
+        )
+        gold.view(-1)[chunk] = gold_rows
+        # All of it every time: it is small, and what the chunks to come will change is not read before.
+        marginal, responsibility = marginal_lse_op(gold, candidate, mask, plan.level)
+        if d_marginal is None:
+            d_marginal = torch.full_like(marginal, -1.0)
+            if plan.reduction == "mean":
+                d_marginal /= _num_counted(mask, plan.level)
+        d_gold, d_candidate = marginal_lse_backward_op(d_marginal, responsibility, gold, candidate, mask)
+        _native_backward(
+            hidden,
+            weight,
+            bias,
+            chunk,
+            (labels[chunk], row_max, row_logsum, d_gold.view(-1)[chunk]),
+            (d_hidden, d_weight, d_bias),
+            plan.compute,
+            plan.chunk_bytes,
+            kept,
+            accumulate=begin > 0,
+        )
+    loss = reduce_loss(-marginal, mask, plan.level, plan.reduction)
+    return (loss, gold, marginal, responsibility), (d_hidden, d_weight, d_bias, d_candidate)
+
+
+class _LossInOnePass(torch.autograd.Function):
+    """The scalar loss whose gradients are there before they are asked for; the backward pass scales them.
+
+    Whoever asks a second time (a retained graph) has them computed again, to the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, candidate, row_labels, mask, plan):
+        inputs = (hidden, weight, bias, candidate, row_labels, mask)
+        values, ctx.gradients = _loss_and_gradients(*inputs, plan)
+        ctx.save_for_backward(*inputs)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(*values[1:])
+        ctx.set_materialize_grads(False)
+        return values
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 7
+        saved = ctx.saved_tensors
+        gradients = ctx.gradients
+        ctx.gradients = None
+        if gradients is None:
+            with torch.no_grad():
+                _, gradients = _loss_and_gradients(*saved, ctx.plan)
+        if grad_loss != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_loss.detach())
+        if torch.is_grad_enabled():  # create_graph
+            gradients = _FirstDerivative.apply(gradients, grad_loss, *saved[:4])
+        return *gradients, None, None, None
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Gradients, bound to what they depend on: a second derivative is an error, not zero."""
+
+    @staticmethod
+    def forward(ctx, gradients, *depends_on):
+        return tuple(gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise double_backward_error("linear_marginal_cross_entropy")
 
 
 # ---- torch's products by chunks, with native kernels between them on CUDA ----

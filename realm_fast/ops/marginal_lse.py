@@ -247,13 +247,17 @@ def _backward(ctx, grad_marginal, _):
     return *marginal_lse_backward_op(grad_marginal, *ctx.saved_tensors), None, None
 
 
+def double_backward_error(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}: double backward is not supported; for second derivatives use impl='reference'."
+    )
+
+
 def no_double_backward(op, name: str) -> None:
     """Makes differentiating through `op` (a backward op) an error that says what to do."""
 
     def raise_error(ctx, *grads):
-        raise RuntimeError(
-            f"{name}: double backward is not supported; for second derivatives use impl='reference'."
-        )
+        raise double_backward_error(name)
 
     op.register_autograd(raise_error)
 
