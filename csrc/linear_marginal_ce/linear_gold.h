@@ -49,8 +49,9 @@ struct LinearGold {
   int d_hidden_dtype = 0;
   void* d_weight = nullptr;  // [V, H] or null
   int d_weight_dtype = 0;
-  void* d_bias = nullptr;   // [V] in the accumulation type, or null
-  bool accumulate = false;  // add to d_weight (of the accumulation type) and d_bias: they hold other rows' share
+  void* d_bias = nullptr;  // [V] in the accumulation type, or null
+  bool accumulate =
+      false;  // add to d_weight (of the accumulation type) and d_bias: they hold other rows' share
   int64_t chunk_vocab = 0;  // a multiple of kVocabGroup
 
   void* workspace = nullptr;  // workspace_bytes() bytes, 64-byte aligned

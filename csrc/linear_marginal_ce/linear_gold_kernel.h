@@ -6,8 +6,8 @@
 // dimension.
 #pragma once
 
-#include "linear_marginal_ce/linear_gold.h"
 #include "core/simd.h"
+#include "linear_marginal_ce/linear_gold.h"
 
 namespace realm_fast {
 namespace {
@@ -363,8 +363,8 @@ REALM_FAST_INLINE void accumulate(const LinearGoldPlan& plan, const Tile<C, NV>&
     for (int r = 0; r < C::rows; ++r) {
       g = V::where_equal(label + j * V::lanes, static_cast<int32_t>(v + r), tile.v[r][j], g);
     }
-    // Only the rows whose label is here are written: other slices write their neighbours at the same time, and a
-    // store of the whole vector would undo theirs.
+    // Only the rows whose label is here are written: other slices write their neighbours at the same time,
+    // and a store of the whole vector would undo theirs.
     for (int i = 0; i < V::lanes; ++i) {
       const int64_t entry = label[j * V::lanes + i] - v;
       if (entry >= 0 && entry < C::rows) gold[j * V::lanes + i] = g[i];
@@ -610,11 +610,14 @@ void backward_vocab(const LinearGoldPlan& plan, int64_t chunk, int64_t begin, in
     const int64_t next_v = v0 + kGroups * C::rows,
                   row_bytes = plan.args.width * element_bytes(plan.args.weight_dtype);
     const void* next = static_cast<const char*>(plan.args.weight) + next_v * row_bytes;
-    const int64_t next_bytes = larger(0, smaller(kGroups * C::rows, plan.args.vocab - next_v)) * row_bytes;
+    const int64_t next_rows = larger(0, smaller(kGroups * C::rows, plan.args.vocab - next_v)),
+                  next_bytes = next_rows * row_bytes;
+    // Kept logits leave too little work here to hide the fetching behind: it goes along with d weight then.
+    const bool fetch_later = v0 < a.keep_vocab && a.d_weight != nullptr;
     for (int64_t panel = 0; panel < plan.at.num_panels; ++panel) {
       const int64_t vectors = panel_width<C>(plan.at.padded_rows, panel) / V::lanes;
       for (int64_t g = 0; g < groups; ++g) {
-        prefetch_share(next, next_bytes, panel * groups + g, plan.at.num_panels * groups);
+        if (!fetch_later) prefetch_share(next, next_bytes, panel * groups + g, plan.at.num_panels * groups);
         const int64_t v = v0 + g * C::rows;
         if (vectors == 3) {
           dlogits_panel<C, 3>(plan, group[g], v, v - chunk, panel, column_sums[g]);
@@ -635,9 +638,16 @@ void backward_vocab(const LinearGoldPlan& plan, int64_t chunk, int64_t begin, in
       }
     }
     if (a.d_weight == nullptr) continue;
+    const int64_t next_grad_bytes = a.accumulate ? next_rows * a.width * element_bytes(a.d_weight_dtype) : 0;
+    const void* next_grad =
+        static_cast<const char*>(a.d_weight) + next_v * a.width * element_bytes(a.d_weight_dtype);
+    const int64_t tiles = plan.at.num_column_panels * groups;
+    int64_t tile = 0;
     for (int64_t column = 0; column < plan.at.padded_width; column += kPanel<C>) {
       const int64_t vectors = smaller(kPanel<C>, plan.at.padded_width - column) / V::lanes;
-      for (int64_t v = v0; v < v1; v += C::rows) {
+      for (int64_t v = v0; v < v1; v += C::rows, ++tile) {
+        if (fetch_later) prefetch_share(next, next_bytes, tile, tiles);
+        prefetch_share(next_grad, next_grad_bytes, tile, tiles);
         if (vectors == 3) {
           d_weight_tile<C, 3>(plan, v, v - chunk, column);
         } else if (vectors == 2) {
