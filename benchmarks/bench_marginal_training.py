@@ -3,14 +3,16 @@
     python -m realm_fast.benchmarks.bench_marginal_training tests/data/wiki_leads.jsonl tests/data/tokenizer
 
 Both runs start from the same weights and see the same batches; only the `impl` of
-`linear_marginal_cross_entropy` differs. Printed: a step's median seconds and quartiles, their ratio, and how
+`linear_marginal_cross_entropy` differs. They take turns, --slice steps each, stopped as by Ctrl-C and resumed,
+so that a busy machine is busy for both. Printed: a step's median seconds and quartiles, their ratio, and how
 far the two loss curves are apart. Settings can be changed with --set, as everywhere.
 """
 
 import argparse
-import functools
 import json
+import signal
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -21,10 +23,10 @@ from realm_fast.benchmarks.bench_linear_marginal_ce import machine
 import realm_fast.model
 from realm_fast.config import Config, load_config
 from realm_fast.corpus import build_corpus
+from realm_fast.errors import Interrupted
 from realm_fast.metrics import read_metrics
 from realm_fast.ops.linear_marginal_ce import linear_marginal_cross_entropy
 from realm_fast.run_folder import RunFolder
-from realm_fast.token_store import TokenStore
 from realm_fast.train import pretrain
 
 IMPLEMENTATIONS = {"realm_fast": "cpu", "plain torch": "reference"}
@@ -50,13 +52,23 @@ SETTINGS = (
 )
 
 
-def train(folder: Path, store: TokenStore, config: Config, impl: str) -> list[dict[str, float]]:
-    """The metrics of each step of a run whose loss is computed by `impl`."""
-    run = RunFolder.create(folder / impl, config, store)
-    chosen = functools.partial(linear_marginal_cross_entropy, impl=impl)
+def train(run: RunFolder, config: Config, impl: str, steps: int, *, resume: bool) -> None:
+    """`steps` more steps of a run, or those that are left of it; its loss is computed by `impl`."""
+    done = 0
+
+    def chosen(*arguments, **options):
+        nonlocal done
+        done += torch.is_grad_enabled()  # not when held-out queries are looked at
+        if done == steps:
+            signal.raise_signal(signal.SIGINT)  # the step is finished and a checkpoint written
+        return linear_marginal_cross_entropy(*arguments, **options, impl=impl)
+
     with mock.patch.object(realm_fast.model, "linear_marginal_cross_entropy", chosen):
-        pretrain(run, config)
-    return list(read_metrics(run.pretrain_dir / "metrics.jsonl"))
+        try:
+            pretrain(run, config, resume=resume)
+        except Interrupted:
+            if done < steps:  # somebody else's Ctrl-C
+                raise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="corpus: jsonl, parquet or text, as corpus.source")
     parser.add_argument("tokenizer", type=Path, help="as corpus.tokenizer")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--slice", type=int, default=20, help="steps of one run before the other's turn")
     parser.add_argument(
         "--threads", type=int, default=1, help="models this small are fastest on one (default)"
     )
@@ -87,8 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     curves, medians = [], []
     with tempfile.TemporaryDirectory() as name:
         store = build_corpus(config.corpus, Path(name) / "store", progress=False)
+        runs = {impl: RunFolder.create(Path(name) / impl, config, store) for impl in IMPLEMENTATIONS.values()}
+        for begin in range(0, options.steps, options.slice):
+            for impl, run in runs.items():
+                train(run, config, impl, options.slice, resume=begin > 0)
+                print(f"{impl}: {min(options.steps, begin + options.slice)} steps", file=sys.stderr)
         for label, impl in IMPLEMENTATIONS.items():
-            lines = train(Path(name), store, config, impl)
+            lines = list(read_metrics(runs[impl].pretrain_dir / "metrics.jsonl"))
             seconds = [line["step_s"] for line in lines]
             low, median, high = statistics.quantiles(seconds, n=4)
             print(f"{label:12} {median * 1e3:8.1f} ms a step ({low * 1e3:.1f}-{high * 1e3:.1f})", flush=True)
