@@ -3,7 +3,7 @@
     python -m realm_fast.benchmarks.bench_marginal_training tests/data/wiki_leads.jsonl tests/data/tokenizer
 
 Both runs start from the same weights and see the same batches; only the `impl` of
-`linear_marginal_cross_entropy` differs. They take turns, --slice steps each, stopped as by Ctrl-C and resumed,
+`linear_marginal_cross_entropy` differs. They take turns of --slice steps, stopped as by Ctrl-C and resumed,
 so that a busy machine is busy for both. Printed: a step's median seconds and quartiles, their ratio, and how
 far the two loss curves are apart. Settings can be changed with --set, as everywhere.
 """
