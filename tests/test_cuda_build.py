@@ -1,11 +1,11 @@
 """The machine code in the built module: resources, spills, and what the main loops consist of. Needs no GPU."""
 
-import functools
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,15 +141,16 @@ def machine_code(cuobjdump):
     """(target, pattern) -> {function: its instructions} of the functions whose name has the pattern."""
     instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
 
-    @functools.cache
     def functions(arch):
         parts = re.split(r"^\s*Function : (\S+)$", cuobjdump("-sass", "-arch", f"sm_{arch}"), flags=re.M)
         return dict(zip(parts[1::2], parts[2::2], strict=True))
 
+    targets = (*ARCHS, WGMMA_ARCH)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = dict(zip(targets, pool.map(functions, targets)))
+
     def select(arch, pattern):
-        return {
-            name: instruction.findall(body) for name, body in functions(arch).items() if pattern.search(name)
-        }
+        return {name: instruction.findall(body) for name, body in found[arch].items() if pattern.search(name)}
 
     return select
 
