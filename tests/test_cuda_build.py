@@ -1,13 +1,15 @@
 """The machine code in the built module: resources, spills, and what the main loops consist of. Needs no GPU."""
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from realm_fast.benchmarks.gpu import model
 
 from realm_fast import _native, build_info
 
@@ -24,7 +26,15 @@ MATRIX_INSTRUCTION = {
 SCAN = re.compile(r"4scanI(13__nv_bfloat16|6__half|a|f)Li(\d+)E")
 # Hopper's scan: element type and slabs of 128 bytes a row.
 WGMMA_SCAN = re.compile(r"10scan_wgmmaI(13__nv_bfloat16|6__half)Li(\d)E")
+# The chunk kernels on aligned rows: kernel, and the element type that dlogits writes.
+CHUNK = re.compile(r"(lse_update|dlogits)I[fd](13__nv_bfloat16|6__half|[fd])?Lb1E")
+HALVES = ("13__nv_bfloat16", "6__half")
 WGMMA_ARCH, WGMMA_SLABS, WGMMA_ROUND_STEPS = "90a", (1, 2), 4
+
+
+def package_folders(name: str) -> list[Path]:
+    spec = importlib.util.find_spec(name)
+    return [Path(folder) for folder in spec.submodule_search_locations] if spec else []
 
 
 def find_tool(name: str) -> str | None:
@@ -32,8 +42,8 @@ def find_tool(name: str) -> str | None:
     nvcc = shutil.which("nvcc")
     places = [Path(nvcc).resolve().parent / name] if nvcc else []
     places.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name)
-    packages = Path(sysconfig.get_paths()["purelib"])
-    places += [*packages.glob(f"nvidia/*/bin/{name}"), packages / "triton/backends/nvidia/bin" / name]
+    places += [place for folder in package_folders("nvidia") for place in folder.glob(f"*/bin/{name}")]
+    places += [folder / "backends/nvidia/bin" / name for folder in package_folders("triton")]
     return shutil.which(name) or next((str(place) for place in places if os.access(place, os.X_OK)), None)
 
 
@@ -97,30 +107,66 @@ def test_registers_allow_the_planned_occupancy(resources):
             assert used["REG"] * SCAN_THREADS * SCAN_BLOCKS <= REGISTERS, f"sm_{arch}, {name}: {used}"
 
 
-def machine_code(cuobjdump, arch, pattern):
-    """Function -> its instructions, of the functions whose name has the pattern."""
-    text = cuobjdump("-sass", "-arch", f"sm_{arch}")
-    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.M)
+@pytest.mark.parametrize(
+    ("device", "arch"),
+    [(model.A100, "80"), (model.H100, "90"), (model.H200, "90")],
+    ids=["A100", "H100", "H200"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "num_queries", "dim", "blocks"),
+    [("bfloat16", 64, 128, 2), ("bfloat16", 128, 128, None), ("bfloat16", 512, 128, 1),
+     ("int8", 64, 128, 2), ("int8", 512, 128, 1), ("float32", 64, 128, None), ("bfloat16", 64, 768, 1)],
+)  # fmt: skip
+def test_shared_memory_and_registers_hold_the_thread_blocks_that_were_planned(
+    resources, device, arch, dtype, num_queries, dim, blocks
+):
+    plan = model.make_plan(dtype, num_queries, dim, device)
+    assert blocks in (plan.blocks_per_multiprocessor, None)
+    element = {"bfloat16": "13__nv_bfloat16", "int8": "a", "float32": "f"}[dtype]
+    kernel = f"4scanI{element}Li{plan.group_rows}E"
+    if plan.wgmma:
+        slabs = -(-dim * model.ELEMENT_BYTES[dtype] // model.SLAB_BYTES)
+        arch, kernel = WGMMA_ARCH, f"10scan_wgmmaI{element}Li{slabs}E"
+    (used,) = (use for (target, name), use in resources.items() if target == arch and kernel in name)
+    assert used["SHARED"] == (0 if arch == "80" else 1024)  # no static arrays; the system's part
+    assert plan.shared_bytes <= device.shared_bytes_per_block
+    assert (
+        plan.shared_bytes + 1024
+    ) * plan.blocks_per_multiprocessor <= device.shared_bytes_per_multiprocessor
+    assert used["REG"] * SCAN_THREADS * plan.blocks_per_multiprocessor <= REGISTERS
+
+
+@pytest.fixture(scope="module")
+def machine_code(cuobjdump):
+    """(target, pattern) -> {function: its instructions} of the functions whose name has the pattern."""
     instruction = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", re.M)
-    return {
-        name: instruction.findall(body)
-        for name, body in zip(parts[1::2], parts[2::2], strict=True)
-        if pattern.search(name)
-    }
+
+    def functions(arch):
+        parts = re.split(r"^\s*Function : (\S+)$", cuobjdump("-sass", "-arch", f"sm_{arch}"), flags=re.M)
+        return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+    targets = (*ARCHS, WGMMA_ARCH)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = dict(zip(targets, pool.map(functions, targets)))
+
+    def select(arch, pattern):
+        return {name: instruction.findall(body) for name, body in found[arch].items() if pattern.search(name)}
+
+    return select
 
 
-@pytest.fixture(scope="module", params=ARCHS)
-def scans(request, cuobjdump):
-    """Instructions of the scan's instantiations for one target."""
-    return machine_code(cuobjdump, request.param, SCAN)
+def opcodes_of(code):
+    return [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in code]
 
 
-def test_the_scan_in_machine_code(scans):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_scan_in_machine_code(machine_code, arch):
+    scans = machine_code(arch, SCAN)
     assert len(scans) == 2 * len(MATRIX_INSTRUCTION)
     for name, code in scans.items():
         element, rows = SCAN.search(name).groups()
         rows, pattern = int(rows), MATRIX_INSTRUCTION[element]
-        opcodes = [re.sub(r"^@!?U?P\w+\s+", "", line).split()[0] for line in code]
+        opcodes = opcodes_of(code)
         assert not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
         # Global to shared memory, 128 bits at a time, past L1 and registers.
         copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
@@ -140,9 +186,26 @@ def test_the_scan_in_machine_code(scans):
         assert len(others) <= len(at), f"{name}: {len(others)} other instructions among {len(at)} products"
 
 
-def test_hoppers_scan_in_machine_code(cuobjdump):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_chunk_kernels_in_machine_code(machine_code, arch):
+    """16 bytes a load of logits; of their gradients 16 bytes a store, 8 where they are halves."""
+    found = machine_code(arch, CHUNK)
+    assert len(found) == 2 + 4
+    for name, code in found.items():
+        kernel, out = CHUNK.search(name).groups()
+        opcodes = opcodes_of(code)
+        assert any(opcode.startswith("LDG.E.128") for opcode in opcodes), name
+        if kernel == "dlogits":
+            assert sum(opcode.startswith("LDG.E.128") for opcode in opcodes) == 4, name
+            width = r"STG\.E\.64" if out in HALVES else r"STG\.E\.128"
+            stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
+            assert len(stores) == 4, name
+            assert all(re.match(width, opcode) for opcode in stores), (name, stores)
+
+
+def test_hoppers_scan_in_machine_code(machine_code):
     """Products in batches that run on while the batch before is filtered: no wait after each of them."""
-    found = machine_code(cuobjdump, WGMMA_ARCH, WGMMA_SCAN)
+    found = machine_code(WGMMA_ARCH, WGMMA_SCAN)
     assert len(found) == 2 * len(WGMMA_SLABS)
     for name, code in found.items():
         element, slabs = WGMMA_SCAN.search(name).groups()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 TILE_BLOCKS = 128
 SLAB_BYTES = 128
 MAX_CHUNK_ROWS = 512
+MAX_SEEDS = 8192  # blocks whose scores give the first thresholds
+REFRESH_TILES = 64  # how often thresholds are taken over, in tiles or rounds of four groups of queries
 MIN_CAPACITY = 32  # of a row's buffer
 # How many blocks a certificate lets through for each that reaches the threshold: counted by the emulated
 # machine for int8 on normal vectors of 128 dimensions; the CPU scan's for bf16. The data decide.
@@ -127,10 +129,6 @@ def make_plan(
     return found
 
 
-def num_seeds(num_blocks: int, k: int) -> int:
-    return min(num_blocks, 4096 if k <= 512 else 8192)
-
-
 def copy_bytes(dtype: str, num_queries: int, num_blocks: int, dim: int, plan: Plan, ranges: int) -> int:
     """What one scan launch brings into shared memory by cp.async or tma_load: exact."""
     size = ELEMENT_BYTES[dtype]
@@ -185,7 +183,7 @@ def estimate(
 ) -> Estimate:
     size = ELEMENT_BYTES[dtype]
     plan = make_plan(dtype, num_queries, dim, device)
-    seeds = seeds or num_seeds(num_blocks, k)
+    seeds = seeds or min(num_blocks, MAX_SEEDS)
     ranges = max(device.multiprocessors * plan.blocks_per_multiprocessor // plan.num_chunks, 1)
     capacity = MIN_CAPACITY
     while capacity < 2 * k:
@@ -198,11 +196,10 @@ def estimate(
     again = (plan.num_chunks - 1) * (num_blocks - seeds) * (dim * size + side) if plan.resident else 0
     if not plan.resident:
         again = once - num_blocks * dim * size
-    seed_bytes = seeds * dim * (4 if certified else size) + 6 * 4 * num_queries * seeds
+    seed_bytes = seeds * dim * (4 if certified else size) + 2 * 4 * num_queries * seeds
     tiles = math.ceil((num_blocks - seeds) / TILE_BLOCKS)
-    # Thresholds are taken over every 16 tiles, or rounds of four groups of queries.
     groups = plan.chunk_rows // plan.group_rows
-    refreshes = tiles / 16 * (groups / WGMMA_ROUND_STEPS if plan.wgmma else 1)
+    refreshes = tiles / REFRESH_TILES * (groups / WGMMA_ROUND_STEPS if plan.wgmma else 1)
     refresh = refreshes * num_queries * 8
     survivors = num_queries * expected_survivors(k, seeds, num_blocks, capacity, ranges * TILE_BLOCKS)
     survivors *= CERTIFICATE_MARGIN[dtype] if certified else 1

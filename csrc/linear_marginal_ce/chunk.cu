@@ -1,10 +1,10 @@
 // One read of the logits for the log-sum-exp, one read and one write for their gradient; 16 bytes a load.
 #include "linear_marginal_ce/chunk.h"
 
-#include <math.h>
+#include <cstring>
 
-#include "core/cuda/device.cuh"
 #include "core/cuda/launch.h"
+#include "core/cuda/numeric.cuh"
 
 namespace realm_fast {
 namespace cuda {
@@ -14,23 +14,25 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-
-template <class O, class A>
-__device__ __forceinline__ O narrow(A x) {
-  return from_float<O>(x);
-}
-template <>
-__device__ __forceinline__ double narrow<double, double>(double x) {
-  return x;
-}
-
 // kCount elements that are loaded or stored as one 16-byte (or shorter, for half outputs) access.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
   T v[kCount];
 };
+// One store of the pack's width. The intrinsic says so: of plain assignments ptxas gets one in four in
+// pieces.
+template <class T, int kCount>
+__device__ __forceinline__ void store(T* to, const Pack<T, kCount>& pack) {
+  using Bits = std::conditional_t<sizeof(pack) == 16, uint4, uint2>;
+  if constexpr (sizeof(pack) == sizeof(Bits)) {
+    Bits bits;
+    memcpy(&bits, &pack, sizeof bits);
+    __stcg(reinterpret_cast<Bits*>(to), bits);
+  } else {
+    static_assert(kCount == 1);
+    *to = pack.v[0];
+  }
+}
 template <class A>
 constexpr int kPack = 16 / static_cast<int>(sizeof(A));
 
@@ -134,7 +136,7 @@ __global__ void __launch_bounds__(kThreads) dlogits(ChunkDlogits a) {
       if (column + j == label) p -= 1;
       out.v[j] = narrow<O>(p * -grad);
     }
-    *reinterpret_cast<Pack<O, n>*>(static_cast<O*>(a.out) + at) = out;
+    store(static_cast<O*>(a.out) + at, out);
   }
 }
 
@@ -145,7 +147,7 @@ bool is_wide(const void* p, int64_t columns, int64_t bytes) {
 template <class A>
 void run_lse(const ChunkLse& a, cudaStream_t stream) {
   const auto kernel = is_wide(a.logits, a.columns, sizeof(A)) ? lse_update<A, true> : lse_update<A, false>;
-  REALM_FAST_LAUNCH(kernel, static_cast<unsigned>(a.rows), kThreads, 0, stream, a);
+  REALM_FAST_LAUNCH(kernel, grid_size(a.rows, "chunk_lse_update"), kThreads, 0, stream, a);
   check_launch("chunk_lse_update");
 }
 
@@ -163,7 +165,7 @@ void run_dlogits(const ChunkDlogits& all, cudaStream_t stream) {
     a.grad = static_cast<const A*>(all.grad) + first;
     const bool wide = is_wide(a.logits, a.columns, sizeof(A)) && is_wide(a.out, a.columns, sizeof(A));
     const int64_t per_block = int64_t{kThreads} * kPacksPerThread * (wide ? kPack<A> : 1);
-    const dim3 grid(static_cast<unsigned>((a.columns + per_block - 1) / per_block),
+    const dim3 grid(grid_size((a.columns + per_block - 1) / per_block, "chunk_dlogits"),
                     static_cast<unsigned>(a.rows));
     const auto kernel = wide ? dlogits<A, O, true> : dlogits<A, O, false>;
     REALM_FAST_LAUNCH(kernel, grid, kThreads, 0, stream, a);

@@ -1,10 +1,8 @@
 // The CUDA kernels of the marginal log-likelihood. Tensors are small: one launch each way, no workspace.
 #include "marginal_lse/marginal_lse.h"
 
-#include <math.h>
-
-#include "core/cuda/device.cuh"
 #include "core/cuda/launch.h"
+#include "core/cuda/numeric.cuh"
 
 namespace realm_fast {
 namespace cuda {
@@ -23,19 +21,6 @@ template <>
 __device__ __forceinline__ double widen<double, double>(double x) {
   return x;
 }
-template <class T, class A>
-__device__ __forceinline__ T narrow(A x) {
-  return from_float<T>(x);
-}
-template <>
-__device__ __forceinline__ double narrow<double, double>(double x) {
-  return x;
-}
-__device__ __forceinline__ float exponential(float x) { return expf(x); }
-__device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-__device__ __forceinline__ double logarithm(double x) { return log(x); }
-
 // What a mixture's running maximum and sum of exponentials come to: its log, and the factor that turns
 // exp(x - max) into a responsibility (0 where nothing is possible, NaN after a NaN or +inf).
 template <class A>
@@ -174,11 +159,11 @@ template <class T, class A>
 void run_forward(const MarginalLse& a, cudaStream_t stream) {
   if (a.sequence) {
     const auto kernel = forward_sequence<T, A>;
-    REALM_FAST_LAUNCH(kernel, static_cast<unsigned>(a.batch), kWarp, 0, stream, a);
+    REALM_FAST_LAUNCH(kernel, grid_size(a.batch, "marginal_lse"), kWarp, 0, stream, a);
   } else {
     const int64_t blocks = (a.batch * a.positions + kThreads - 1) / kThreads;
     const auto kernel = forward_token<T, A>;
-    REALM_FAST_LAUNCH(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, a);
+    REALM_FAST_LAUNCH(kernel, grid_size(blocks, "marginal_lse"), kThreads, 0, stream, a);
   }
   check_launch("marginal_lse");
 }
@@ -186,50 +171,41 @@ void run_forward(const MarginalLse& a, cudaStream_t stream) {
 template <class T, class A>
 void run_backward(const MarginalLseBackward& a, cudaStream_t stream) {
   const auto kernel = backward<T, A>;
-  REALM_FAST_LAUNCH(kernel, static_cast<unsigned>(a.batch * a.candidates), kWarp, 0, stream, a);
+  const unsigned rows = grid_size(a.batch * a.candidates, "marginal_lse_backward");
+  REALM_FAST_LAUNCH(kernel, rows, kWarp, 0, stream, a);
   check_launch("marginal_lse_backward");
+}
+
+// Calls run with the element type and the accumulator of a dtype code (realm_fast/ops/marginal_lse.py).
+template <class Run>
+void with_types(int dtype, Run run) {
+  switch (dtype) {
+    case 0:
+      return run.template operator()<float, float>();
+    case 1:
+      return run.template operator()<double, double>();
+    case 2:
+      return run.template operator()<bf16, float>();
+    default:
+      return run.template operator()<f16, float>();
+  }
 }
 
 }  // namespace
 }  // namespace cuda
 
-// dtype codes: realm_fast/ops/marginal_lse.py.
 void marginal_lse_cuda(const MarginalLse& args, void* stream) {
   if (args.batch == 0 || (!args.sequence && args.positions == 0)) return;
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case 0:
-      cuda::run_forward<float, float>(args, on);
-      break;
-    case 1:
-      cuda::run_forward<double, double>(args, on);
-      break;
-    case 2:
-      cuda::run_forward<cuda::bf16, float>(args, on);
-      break;
-    default:
-      cuda::run_forward<cuda::f16, float>(args, on);
-      break;
-  }
+  cuda::with_types(args.dtype, [&]<class T, class A>() {
+    cuda::run_forward<T, A>(args, static_cast<cudaStream_t>(stream));
+  });
 }
 
 void marginal_lse_backward_cuda(const MarginalLseBackward& args, void* stream) {
   if (args.batch == 0) return;
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case 0:
-      cuda::run_backward<float, float>(args, on);
-      break;
-    case 1:
-      cuda::run_backward<double, double>(args, on);
-      break;
-    case 2:
-      cuda::run_backward<cuda::bf16, float>(args, on);
-      break;
-    default:
-      cuda::run_backward<cuda::f16, float>(args, on);
-      break;
-  }
+  cuda::with_types(args.dtype, [&]<class T, class A>() {
+    cuda::run_backward<T, A>(args, static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace realm_fast

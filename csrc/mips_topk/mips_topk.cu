@@ -12,23 +12,31 @@ namespace cuda {
 namespace {
 
 constexpr int64_t kMaxPassQueries = 2048;  // more are searched in several passes over one workspace
+constexpr int64_t kMaxSeeds = 8192;        // whose scores select_seeds keeps in shared memory
 constexpr int kPrepareThreads = 128;
 
 // One block a row: from the dense scores of the first `n` blocks, the k best into the row's buffer, and the
-// first threshold. Excluded blocks are struck out here.
+// first threshold. Scores are read once, into shared memory; excluded blocks are struck out there.
 __global__ void __launch_bounds__(kSelectThreads)
-    select_seeds(Rows rows, float* dense, int64_t dense_stride, int n, const int64_t* exclude_ids,
+    select_seeds(Rows rows, const float* dense, int64_t dense_stride, int n, const int64_t* exclude_ids,
                  int exclude_width) {
   REALM_FAST_SHARED(SelectScratch, scratch, 1);
+  REALM_FAST_DYNAMIC_SHARED(memory);
   SelectScratch& s = *scratch;
+  float* scores = reinterpret_cast<float*>(memory);  // [n]
   const int tid = static_cast<int>(threadIdx.x);
   const int row = static_cast<int>(blockIdx.x);
-  float* scores = dense + row * dense_stride;
+  const float* from = dense + row * dense_stride;
+  for (int i = tid; i < n; i += kSelectThreads) scores[i] = from[i];
+  if (tid == 0) s.cursor = 0;
+  __syncthreads();
   for (int i = tid; i < exclude_width; i += kSelectThreads) {
     const int64_t id = exclude_ids[static_cast<int64_t>(row) * exclude_width + i];
-    if (id >= 0 && id < n) scores[id] = -INFINITY;
+    // Atomic: the same block may be named twice.
+    if (id >= 0 && id < n) {
+      atomicExch(reinterpret_cast<unsigned*>(scores + id), __float_as_uint(-INFINITY));
+    }
   }
-  if (tid == 0) s.cursor = 0;
   __syncthreads();
   const auto key = [&](int i) {
     const float score = scores[i];
@@ -303,9 +311,7 @@ Workspace lay_out(const MipsTopkCuda& call) {
   Workspace w{};
   w.pass_queries = std::min(call.num_queries, kMaxPassQueries);
   // Enough blocks for a first threshold: the rest of the scan then passes on about k / seeds of what it sees.
-  const int64_t seeds = call.num_seeds > 0 ? round_up(call.num_seeds, kTileBlocks)
-                        : call.k <= 512    ? 4096
-                                           : 8192;
+  const int64_t seeds = call.num_seeds > 0 ? round_up(call.num_seeds, kTileBlocks) : kMaxSeeds;
   w.seeds = std::min(call.num_blocks, seeds);
   // A row's threshold moves when its buffer is full: a small buffer lets fewer through, and each that a
   // certified scan lets through costs a read of its original.
@@ -340,7 +346,7 @@ void check_call(const MipsTopkCuda& call) {
   }
   if (call.num_queries < 0 || call.num_blocks < 0 || call.dim < 0) fail("a negative size");
   if (call.num_blocks >= (int64_t{1} << 32) - 1) fail("blocks: the CUDA kernels take fewer than 2^32 - 1");
-  if (call.num_seeds > (1 << 20)) fail("num_seeds: at most 2^20");
+  if (call.num_seeds > kMaxSeeds) fail("num_seeds: at most " + std::to_string(kMaxSeeds));
   if (call.dim > (1 << 18)) fail("D: the CUDA kernels take at most 2^18");
   if (call.originals != nullptr && call.dtype != ScanDtype::kInt8 && call.dtype != ScanDtype::kBFloat16) {
     fail("a certified scan reads bfloat16 or int8 codes");
@@ -422,8 +428,9 @@ void mips_topk_cuda(const MipsTopkCuda& call) {
         certified ? Matrix{call.originals, call.original_stride} : Matrix{call.blocks, call.block_stride};
     run_scan(certified ? ScanDtype::kFloat32 : call.dtype, wgmma && !certified, queries, exact_blocks, seed,
              num_queries, call.dim, 0, w.seeds, stream);
-    REALM_FAST_LAUNCH(select_seeds, num_queries, kSelectThreads, 0, stream, a.rows, seed.dense, w.seeds,
-                      static_cast<int>(w.seeds), a.exclude_ids, a.exclude_width);
+    REALM_FAST_LAUNCH(select_seeds, num_queries, kSelectThreads, static_cast<size_t>(w.seeds) * sizeof(float),
+                      stream, a.rows, seed.dense, w.seeds, static_cast<int>(w.seeds), a.exclude_ids,
+                      a.exclude_width);
     check_launch("mips_topk: select_seeds");
 
     // 2. The rest, filtered.

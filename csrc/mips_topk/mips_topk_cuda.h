@@ -43,7 +43,7 @@ struct MipsTopkCuda {
 
   ScanKernel kernel = ScanKernel::kAuto;
 
-  // How many blocks give the first thresholds; 0: chosen here. Any value gives the same answer.
+  // How many blocks give the first thresholds, at most 8192; 0: chosen here. Any gives the same answer.
   int64_t num_seeds = 0;
 
   float* scores = nullptr;  // [B, k]

@@ -21,7 +21,7 @@ constexpr int kSlabBytes = 128;
 constexpr int kFlushAt = 128;  // survivors a thread block holds back before it hands them on
 constexpr int kMaxRows = 128;  // of a group
 constexpr int kQueue = kFlushAt + kMaxRows * kTileBlocks;  // all scores of a step may be survivors
-constexpr int kRefreshTiles = 16;  // how often thresholds of other thread blocks are taken over
+constexpr int kRefreshTiles = 64;  // how often thresholds of other thread blocks are taken over
 constexpr int kMaxChunkRows = 512;
 // A thread block's queue in global memory: keys, then rows.
 constexpr size_t kQueueEntryBytes = sizeof(uint64_t) + sizeof(uint16_t);

@@ -741,7 +741,14 @@ def _wide_mm(a, b, acc):
 
 def _chunk_logits(hidden, weight, bias, acc):
     """[R, v] logits in the accumulation dtype from [R, H] and [v, H] in the compute dtype."""
-    logits = _wide_mm(hidden, weight.t(), acc)
+    try:
+        logits = _wide_mm(hidden, weight.t(), acc)
+    except torch.OutOfMemoryError as error:
+        name = str(acc).removeprefix("torch.")
+        raise torch.OutOfMemoryError(
+            f"linear_marginal_cross_entropy: no memory for logits [{len(hidden)}, {len(weight)}] in {name} "
+            f"(chunk_bytes bounds them): {error}"
+        ) from error
     return logits if bias is None else logits.add_(bias.to(acc))
 
 

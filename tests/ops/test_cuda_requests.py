@@ -176,6 +176,31 @@ def test_k_beyond_the_limit(gpu, chosen):
         call_topk(k=-1)
 
 
+def test_any_layout_is_taken(gpu, chosen):
+    """Views with strides, offsets and odd widths: read with narrower loads or copied, never misread."""
+    rows = tensor(51, 40)
+    for blocks in (rows[1:, 1:], rows[:, ::2], rows.T, rows[:, :0]):
+        assert rf.mips_topk(tensor(2, blocks.shape[1]), blocks, 3, impl="cuda").ids.shape == (2, 3)
+    gold = tensor(4, 3, 2).transpose(0, 2)
+    assert rf.marginal_log_likelihood(gold, tensor(3, 2).T, impl="cuda").shape == (2, 4)
+    assert set(chosen) == {"cuda"}
+
+
+def test_empty_inputs(gpu, chosen):
+    assert rf.mips_topk(tensor(0, 8), tensor(50, 8), 3).ids.shape == (0, 3)
+    assert rf.mips_topk(tensor(2, 8), tensor(0, 8), 3).ids.shape == (2, 3)
+    assert rf.mips_topk(tensor(2, 8), tensor(50, 8), 0).ids.shape == (2, 0)
+    for shape in ((0, 3, 4), (2, 3, 0)):
+        batch, candidates, positions = shape
+        assert rf.marginal_log_likelihood(tensor(*shape), tensor(batch, candidates)).shape == (
+            batch,
+            positions,
+        )
+    assert set(chosen) == {"cuda"}
+    with pytest.raises(ValueError, match="gold_log_prob: expected at least one candidate, got K = 0"):
+        rf.marginal_log_likelihood(tensor(2, 0, 4), tensor(2, 0))
+
+
 def test_wrong_dtypes(gpu):
     with pytest.raises(TypeError, match=r"blocks: expected .* float32, got .* float16 on cuda:0"):
         rf.mips_topk(tensor(2, 8), tensor(50, 8, dtype=torch.float16), 3)
@@ -212,20 +237,68 @@ def test_the_index_names_what_is_wrong_and_moves_what_is_elsewhere(gpu):
         index.search(tensor(2, 24), 3000)
 
 
-# ---- memory for the workspace ----
+# ---- what a call does on the device ----
 
 
 class Call:
-    """Stands for the native call: what it needs, and whether it was run."""
+    """Stands for the native call: what it needs, and the streams that it was run on."""
 
-    workspace_bytes, runs = 12345, 0
+    workspace_bytes = 12345
 
-    def run(self, *arguments):
-        self.runs += 1
+    def __init__(self):
+        self.streams = []
+
+    def run(self, scores, ids, workspace, workspace_bytes, stream):
+        assert workspace_bytes == self.workspace_bytes
+        self.streams.append(stream)
 
 
-def test_out_of_memory_for_the_workspace_is_named_and_nothing_is_launched(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+@pytest.fixture
+def guarded(monkeypatch):
+    """Streams exist inside torch.cuda.device only; yields the devices that were made current."""
+    entered, current = [], []
+
+    @contextlib.contextmanager
+    def guard(device):
+        entered.append(device)
+        current.append(device)
+        yield
+        current.pop()
+
+    class Stream:
+        @property
+        def cuda_stream(self):
+            assert current, "asked for a stream outside the device's guard"
+            return 77
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
+    return entered
+
+
+def test_a_search_runs_on_the_callers_stream_of_the_tensors_device(guarded):
+    call, queries = Call(), torch.zeros(6, 8)
+    topk.run_cuda(call, queries, 4, None)
+    assert call.streams == [77]
+    assert guarded == [queries.device]
+
+
+@pytest.mark.parametrize("kernel", ["chunk_lse_update_cuda", "chunk_dlogits_cuda"])
+def test_chunk_kernels_run_on_the_callers_stream_of_the_tensors_device(guarded, monkeypatch, kernel):
+    streams = []
+    monkeypatch.setattr(_native, kernel, lambda *arguments: streams.append(arguments[-1]), raising=False)
+    monkeypatch.setattr(lce, "cuda_stream", lambda tensor: torch.cuda.current_stream().cuda_stream)
+    row = torch.zeros(2)
+    logits, labels = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+    if kernel == "chunk_lse_update_cuda":
+        lce._cuda_lse_update(logits, labels, 0, row, row, row)
+    else:
+        lce._cuda_dlogits(logits, labels, 0, row, row, row, torch.float32)
+    assert streams == [77]
+    assert guarded == [logits.device]
+
+
+def test_out_of_memory_for_the_workspace_is_named_and_nothing_is_launched(guarded, monkeypatch):
     real, call = torch.empty, Call()
 
     def empty(*size, dtype=None, **options):
@@ -233,13 +306,36 @@ def test_out_of_memory_for_the_workspace_is_named_and_nothing_is_launched(monkey
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(*size, dtype=dtype, **options)
 
-    monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(
-        torch.OutOfMemoryError,
-        match=r"mips_topk: no memory for the workspace of 12345 bytes \(6 queries, k=4\)",
-    ):
-        topk.run_cuda(call, torch.zeros(6, 8), 4, None)
-    assert call.runs == 0
+    with monkeypatch.context() as full:
+        full.setattr(torch, "empty", empty)
+        with pytest.raises(
+            torch.OutOfMemoryError,
+            match=r"mips_topk: no memory for the workspace of 12345 bytes \(6 queries, k=4\)",
+        ):
+            topk.run_cuda(call, torch.zeros(6, 8), 4, None)
+    assert call.streams == []
+    topk.run_cuda(call, torch.zeros(6, 8), 4, None)  # the next call finds everything as it was
+    assert call.streams == [77]
+
+
+def test_out_of_memory_for_a_chunk_of_logits_is_named_and_the_next_call_runs(monkeypatch):
+    def call():
+        return rf.linear_marginal_cross_entropy(
+            torch.ones(2, 3, 4, 8), torch.ones(50, 8), None, torch.zeros(2, 4, dtype=torch.int64),
+            torch.zeros(2, 3), impl="blas", chunk_bytes=4096,
+        )  # fmt: skip
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lce, "_wide_mm", full)
+        with pytest.raises(
+            torch.OutOfMemoryError,
+            match=r"linear_marginal_cross_entropy: no memory for logits \[24, \d+\] in float32 \(chunk_bytes",
+        ):
+            call()
+    assert call() == pytest.approx(torch.tensor(50.0).log().item(), abs=1e-5)
 
 
 # ---- shapes that a CUDA graph can hold ----

@@ -18,6 +18,6 @@ def program(harness):
     return harness.build("drive_mips_topk.cpp", SOURCES)
 
 
-@pytest.fixture
-def search(harness, program, tmp_path):
-    return searcher(harness, program, tmp_path)
+@pytest.fixture(scope="session")
+def search(harness, program):
+    return searcher(harness, program)

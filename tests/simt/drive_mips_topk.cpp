@@ -18,7 +18,10 @@ int main(int argc, char** argv) {
     call.query_stride = o.number("query_stride", call.dim);
     call.block_stride = o.number("block_stride", call.dim);
     call.queries = o.array<char>("queries", o.number("query_skip", 0));
-    call.blocks = o.array<char>("blocks", o.number("block_skip", 0));
+    const int64_t size = dtype == "float32" ? 4 : dtype == "int8" ? 1 : 2;
+    call.blocks = o.number("spread", 0) != 0  // the file has the rows side by side
+                      ? o.spread("blocks", call.num_blocks, call.dim * size, call.block_stride * size)
+                      : o.array<char>("blocks", o.number("block_skip", 0));
     call.exclude_ids = o.array<int64_t>("exclude_ids");
     call.exclude_width = static_cast<int>(o.number("exclude_width", 0));
     call.originals = o.array<float>("originals");

@@ -44,6 +44,7 @@ class Options {
     c.skip_wgmma_fence = number("skip_wgmma_fence", 0) != 0;
     c.skip_proxy_fence = number("skip_proxy_fence", 0) != 0;
     c.swap_accumulators = number("swap_accumulators", 0) != 0;
+    c.cuda_error = static_cast<int>(number("cuda_error", 0));
   }
 
   std::string text(const std::string& key, const std::string& otherwise) const {
@@ -70,6 +71,15 @@ class Options {
     in.seekg(0);
     in.read(p, static_cast<std::streamsize>(bytes));
     return reinterpret_cast<T*>(p);
+  }
+  // The same for rows of `row_bytes`, moved `stride` bytes apart.
+  char* spread(const std::string& key, int64_t rows, int64_t row_bytes, int64_t stride) const {
+    const char* packed = array<char>(key);
+    auto* p = static_cast<char*>(device_alloc(static_cast<size_t>(rows * stride), true));
+    for (int64_t r = 0; r < rows; ++r) {
+      std::memcpy(p + r * stride, packed + r * row_bytes, static_cast<size_t>(row_bytes));
+    }
+    return p;
   }
   template <class T>
   T* output(int64_t count) const {

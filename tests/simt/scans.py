@@ -10,7 +10,8 @@ from realm_fast.benchmarks.gpu import model
 
 from realm_fast.device_index import DeviceIndex
 from realm_fast.ops.mips_topk import mips_topk_reference
-from simt.harness import ROOT
+from realm_fast.types import TopK
+from simt.harness import ROOT, in_parallel
 
 SOURCES = sorted((ROOT / "csrc/mips_topk").glob("*.cu"))
 TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +30,7 @@ def raw(tensor):
     return rows.view(torch.int16).numpy() if rows.dtype in (torch.bfloat16, torch.float16) else rows.numpy()
 
 
-def searcher(harness, program, folder):
+def searcher(harness, program):
     """A function that runs the kernels on torch tensors; `blocks` may be a DeviceIndex."""
 
     def search(queries, blocks, k, exclude=None, program=program, **options):
@@ -42,11 +43,11 @@ def searcher(harness, program, folder):
                 "block_bounds": raw(blocks.bounds),
                 "block_scale": raw(blocks.scale) if blocks.dtype == "int8" else None,
             }  # fmt: skip
-            options |= {
+            options = {
                 "dtype": blocks.dtype,
                 "block_stride": blocks.codes.stride(0),
                 "original_stride": blocks.originals.stride(0),
-            }
+            } | options
         else:
             inputs |= {"queries": raw(queries), "blocks": raw(blocks)}
             options["dtype"] = str(blocks.dtype).removeprefix("torch.")
@@ -54,7 +55,6 @@ def searcher(harness, program, folder):
         shape = (len(queries), k)
         return harness.run(
             program,
-            folder,
             inputs=inputs,
             outputs={"scores": (shape, np.float32), "ids": (shape, np.int64)},
             B=len(queries),
@@ -74,13 +74,44 @@ def integers(rng, shape, dtype, high=4):
     return torch.from_numpy(rng.integers(-high, high + 1, shape)).to(TORCH_TYPES[dtype])
 
 
+def in_every_order(search, *arguments, **options):
+    """The runs of one search, in each of ORDERS."""
+    return in_parallel(lambda order: search(*arguments, **options, **order), ORDERS)
+
+
 def assert_answer(run, queries, blocks, k, exclude=None):
     assert run.raised == ""
-    assert run.errors == []
     assert run.returncode == 0, run.stderr
-    want = mips_topk_reference(queries.double(), blocks.double(), k, exclude_ids=exclude)
-    np.testing.assert_array_equal(run.arrays["ids"], want.ids.numpy())
-    np.testing.assert_array_equal(run.arrays["scores"], want.scores.float().numpy())
+    assert_same(run, mips_topk_reference(queries.double(), blocks.double(), k, exclude_ids=exclude))
+
+
+def assert_same(run, want):
+    """The ids and the scores of `want`, bit for bit, and nothing to report."""
+    assert run.errors == [], run.options
+    np.testing.assert_array_equal(run.arrays["ids"], want.ids.numpy(), run.options)
+    np.testing.assert_array_equal(run.arrays["scores"], want.scores.float().numpy(), run.options)
+
+
+def answer_of(run):
+    assert run.errors == [], run.options
+    return TopK(torch.from_numpy(run.arrays["scores"]), torch.from_numpy(run.arrays["ids"]))
+
+
+def noticed(run, queries, blocks, k):
+    """Whether the checks or the answer give a fault away."""
+    if run.kinds:
+        return True
+    want = mips_topk_reference(queries.double(), blocks.double(), k)
+    same = np.array_equal(run.arrays["ids"], want.ids.numpy())
+    return not (same and np.array_equal(run.arrays["scores"], want.scores.float().numpy()))
+
+
+def barrier_lines(*files):
+    """Every block barrier of these sources of csrc/mips_topk: (file, line number)."""
+    for name in files:
+        for number, line in enumerate((ROOT / "csrc/mips_topk" / name).read_text().splitlines(), 1):
+            if "__syncthreads" in line:
+                yield name, number
 
 
 def build_changed(harness, folder, sources, changes):

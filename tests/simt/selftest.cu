@@ -1,11 +1,17 @@
-// Small kernels for the harness' own tests: one that is right in every respect, and, by macro, the same with
-// one fault each. Compiled only by the harness.
+// Small kernels for the harness' own tests: right in every respect, unless a fault is planted in them by name.
+// Compiled only by the harness.
+#include <string_view>
+
 #include "core/cuda/device.cuh"
 #include "core/cuda/hopper.cuh"
+#include "core/cuda/launch.h"
 
 namespace selftest {
 
 using namespace realm_fast::cuda;
+
+std::string_view fault;
+bool planted(std::string_view name) { return fault == name; }
 
 // Sums `count` floats a block: cp.async into shared memory, warp shuffles, one value a warp through shared
 // memory, an atomic for the grid's total.
@@ -15,46 +21,33 @@ __global__ void __launch_bounds__(128) block_sums(const float* x, int64_t count,
   REALM_FAST_SHARED(float, partial, 4);
   const int tid = static_cast<int>(threadIdx.x);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * 512 + 4 * tid;
-#ifdef FAULT_OFF_BY_ONE
-  const int64_t left = count + 1 - first;
-#else
-  const int64_t left = count - first;
-#endif
+  const int64_t left = count + planted("off by one") - first;
   const int bytes = left >= 4 ? 16 : left > 0 ? static_cast<int>(left) * 4 : 0;
   cp_async16(tile + 4 * tid, bytes > 0 ? x + first : x, bytes);
   cp_async_commit();
-#ifndef FAULT_NO_WAIT
-  cp_async_wait<0>();
-#endif
-#ifndef FAULT_NO_BARRIER
-  __syncthreads();
-#endif
+  if (!planted("no wait")) cp_async_wait<0>();
+  if (!planted("no barrier")) __syncthreads();
   // Read what other threads brought.
   float sum = 0;
   for (int i = tid; i < 512; i += 128) sum += tile[i];
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   if (tid % 32 == 0) partial[tid / 32] = sum;
-#ifdef FAULT_DIVERGENT_BARRIER
-  if (tid < 64) {
-    __syncthreads();
+  if (planted("divergent barrier")) {
+    if (tid < 64) {
+      __syncthreads();
+    } else {
+      __syncthreads();
+    }
+  } else if (planted("missed barrier")) {
+    if (tid < 64) __syncthreads();
+    if (tid >= 64) (void)__shfl_sync(0xffffffffu, sum, 0);
+    if (tid == 3) (void)__ballot_sync(0xffffffffu, 1);  // the warp's other lanes never come
   } else {
     __syncthreads();
   }
-#elif defined(FAULT_MISSED_BARRIER)
-  if (tid < 64) __syncthreads();
-  if (tid >= 64) (void)__shfl_sync(0xffffffffu, sum, 0);
-  if (tid == 3) (void)__ballot_sync(0xffffffffu, 1);  // the warp's other lanes never come
-#else
-  __syncthreads();
-#endif
   if (tid == 0) {
     float all = 0;
-#ifdef FAULT_UNINITIALISED
-    for (int i = 0; i < 3; ++i) all += partial[i];
-    all += tile[512];
-#else
-    for (int i = 0; i < 4; ++i) all += partial[i];
-#endif
+    for (int i = 0; i < 4; ++i) all += planted("past the end") && i == 3 ? tile[512] : partial[i];
     sums[blockIdx.x] = all;
     atomicAdd(total, all);
   }
@@ -113,41 +106,27 @@ __global__ void __launch_bounds__(128) warpgroup_product(const T* a, TensorMap b
         *reinterpret_cast<const uint4*>(a + row * 64 + chunk * 8);
   }
   if (tid == 0) mbarrier_init(arrived, 1);
-#ifndef FAULT_NO_PROXY_FENCE
-  fence_proxy_async();
-#else
-  if (tid == 0) fence_proxy_async();
-#endif
+  if (tid == 0 || !planted("no proxy fence")) fence_proxy_async();
   __syncthreads();
   if (tid == 0) {
     mbarrier_expect(arrived, 128 * kSwizzleRowBytes);
     tma_load(sb, b_map, 0, 0, arrived);
   }
-#ifdef FAULT_ONE_WAITS
-  if (tid == 0)  // and nothing tells the others
-#endif
-    mbarrier_wait(arrived, 0);
+  if (tid == 0 || !planted("one waits")) mbarrier_wait(arrived, 0);  // and nothing tells the others
   float acc[kWgmmaValues] = {};
-#ifndef FAULT_NO_ORDER_FENCE
-  wgmma_fence();
-#endif
+  if (!planted("no order fence")) wgmma_fence();
   for (int i = 0; i < 4; ++i) {
     wgmma<T>(acc, wgmma_operand(sa) + depth_step(i), wgmma_operand(sb) + depth_step(i), i > 0);
   }
   wgmma_commit();
-#ifdef FAULT_TOUCH
-  acc[5] = 0;
-#endif
-#ifdef FAULT_OVERWRITE
-  if (tid == 0) {
+  if (planted("touch")) acc[5] = 0;
+  const bool overwrite = planted("overwrite");
+  if (overwrite && tid == 0) {
     mbarrier_expect(arrived, 128 * kSwizzleRowBytes);
     tma_load(sb, b_map, 0, 0, arrived);
   }
-#endif
   wgmma_wait<0>(acc);
-#ifdef FAULT_OVERWRITE
-  mbarrier_wait(arrived, 1);
-#endif
+  if (overwrite) mbarrier_wait(arrived, 1);
   for (int i = 0; i < kWgmmaValues; ++i) {
     const int row = tid / 32 * 16 + tid % 32 / 4 + i / 2 % 2 * 8;
     d[row * 128 + i / 4 * 8 + tid % 4 * 2 + i % 2] = acc[i];
@@ -157,18 +136,14 @@ __global__ void __launch_bounds__(128) warpgroup_product(const T* a, TensorMap b
 // Blocks that wait for one another: a lock in global memory around a counter that is not atomic.
 __global__ void __launch_bounds__(64) locked_count(uint32_t* lock, uint32_t* value, int rounds) {
   if (threadIdx.x == 0) {
-    (void)lock;
+    const bool locks = !planted("no lock");
     for (int i = 0; i < rounds; ++i) {
-#ifndef FAULT_NO_LOCK
-      while (atomicCAS(lock, 0u, 1u) != 0u) pause_briefly();
+      while (locks && atomicCAS(lock, 0u, 1u) != 0u) pause_briefly();
       __threadfence();
-#endif
       const uint32_t old = load_relaxed(value);
       atomicExch(value, old + 1);
-#ifndef FAULT_NO_LOCK
       __threadfence();
-      atomicExch(lock, 0u);
-#endif
+      if (locks) atomicExch(lock, 0u);
     }
   }
 }
@@ -243,14 +218,15 @@ double product_s8_error() {
 }
 }  // namespace
 
-// selftest CASE ORDER SEED: prints {"error": worst absolute error, "report": ...}
+// selftest CASE ORDER SEED FAULT ("" for none): prints {"error": worst absolute error, "report": ...}
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
+  if (argc != 5) return 2;
   const std::string name = argv[1], order = argv[2];
   simt::config().order = order == "ascending"    ? simt::Order::kAscending
                          : order == "descending" ? simt::Order::kDescending
                                                  : simt::Order::kRandom;
   simt::config().seed = std::strtoull(argv[3], nullptr, 10);
+  selftest::fault = argv[4];
   simt::config().yield_share = order == "random" ? 0.05 : 0.0;
   double error = 0;
   if (name == "sums") {
@@ -286,6 +262,14 @@ int main(int argc, char** argv) {
     words[0] = words[1] = 0;
     REALM_FAST_LAUNCH(selftest::locked_count, 8, 64, 0, nullptr, words, words + 1, 50);
     error = std::abs(400.0 - words[1]);
+  } else if (name == "too many thread blocks") {
+    for (const int64_t blocks : {int64_t{0}, int64_t{1} << 31, (int64_t{1} << 32) + 5}) {
+      try {
+        error += realm_fast::cuda::grid_size(blocks, "kernel");
+      } catch (const std::invalid_argument&) {
+      }
+    }
+    error += realm_fast::cuda::grid_size(INT32_MAX, "kernel") - INT32_MAX;
   } else {
     return 2;
   }

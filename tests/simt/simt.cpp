@@ -1552,6 +1552,7 @@ std::string report_json() {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const simt::Config& c = simt::config();
+  if (c.cuda_error != 0) return static_cast<cudaError_t>(c.cuda_error);
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = c.multiprocessors;

@@ -216,6 +216,7 @@ struct Config {
   bool skip_wgmma_fence = false;
   bool skip_proxy_fence = false;
   bool swap_accumulators = false;  // wgmma: the two rows of a thread change places
+  int cuda_error = 0;              // what asking for the device's attributes answers
 };
 
 struct Counts {

@@ -11,11 +11,11 @@ from realm_fast.ops.marginal_lse import (
     marginal_log_likelihood_reference,
     responsibility_reference,
 )
-from simt.harness import ROOT
+from simt.harness import ROOT, in_parallel
+from simt.scans import ORDERS
 
 INF, NAN = float("inf"), float("nan")
 LEVELS = ["token", "sequence"]
-ORDERS = [{"order": "ascending"}, {"order": "descending"}, {"order": "random", "seed": 5}]
 NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -39,7 +39,7 @@ def chunk_program(harness):
     return harness.build("drive_linear_marginal_ce.cpp", [ROOT / "csrc/linear_marginal_ce/chunk.cu"])
 
 
-def run_marginal(harness, program, folder, gold, candidate, mask, grad, level, **options):
+def run_marginal(harness, program, gold, candidate, mask, grad, level, **options):
     batch, candidates, positions = gold.shape
     acc = accumulation_dtype(gold)
     sequence = level == "sequence"
@@ -51,7 +51,6 @@ def run_marginal(harness, program, folder, gold, candidate, mask, grad, level, *
     }
     run = harness.run(
         program,
-        folder,
         inputs={
             "gold": raw(gold),
             "candidate": raw(candidate),
@@ -87,7 +86,7 @@ def inputs(shape, dtype, seed=0):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 8, 10), (2, 1, 1), (2, 3, 70)])
-def test_marginal_lse(harness, marginal_program, tmp_path, shape, dtype, level):
+def test_marginal_lse(harness, marginal_program, shape, dtype, level):
     gold, candidate, mask = inputs(shape, dtype)
     exact = [t.detach().double().requires_grad_() for t in (gold, candidate)]
     truth = marginal_log_likelihood_reference(*exact, mask, level=level)
@@ -100,17 +99,17 @@ def test_marginal_lse(harness, marginal_program, tmp_path, shape, dtype, level):
     d_truth = torch.autograd.grad((truth * grad).sum(), exact)
     d_eager = torch.autograd.grad((eager * grad.to(eager)).sum(), (gold, candidate))
     expected["d_gold"], expected["d_candidate"] = zip(d_truth, d_eager, strict=True)
-    results = [
-        run_marginal(harness, marginal_program, tmp_path, gold, candidate, mask, grad, level, **order)[0]
-        for order in ORDERS
-    ]
+    results = in_parallel(
+        lambda order: run_marginal(harness, marginal_program, gold, candidate, mask, grad, level, **order)[0],
+        ORDERS,
+    )
     for name, (true, by_torch) in expected.items():
         assert_as_good_as_torch(results[0][name], true, by_torch, what=name, scale=float(name == "marginal"))
         assert all(torch.equal(other[name], results[0][name]) for other in results[1:]), name
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_marginal_lse_edges(harness, marginal_program, tmp_path, level):
+def test_marginal_lse_edges(harness, marginal_program, level):
     """Query 0: poison where nothing is looked at. 1: impossible. 2: NaN. 3: +inf. 4: offset 1e4."""
     gold = torch.zeros(5, 3, 2)
     candidate = torch.log_softmax(torch.zeros(5, 3), -1)
@@ -122,7 +121,7 @@ def test_marginal_lse_edges(harness, marginal_program, tmp_path, level):
     gold[3, 1, 0] = INF
     gold[4] = 1e4
     grad = torch.ones(5, 2) if level == "token" else torch.ones(5)
-    got, _ = run_marginal(harness, marginal_program, tmp_path, gold, candidate, mask, grad, level)
+    got, _ = run_marginal(harness, marginal_program, gold, candidate, mask, grad, level)
     marginal = got["marginal"][:, 0] if level == "token" else got["marginal"]
     assert marginal[0] == pytest.approx(0.0, abs=1e-6)
     assert marginal[1] == -INF
@@ -138,12 +137,11 @@ def test_marginal_lse_edges(harness, marginal_program, tmp_path, level):
     assert got["d_gold"][3, 1, 0].isnan()
 
 
-def run_chunks(harness, program, folder, logits, labels, grad, chunk, out, **options):
+def run_chunks(harness, program, logits, labels, grad, chunk, out, **options):
     rows, columns = logits.shape
     dtype = NUMPY[logits.dtype]
     run = harness.run(
         program,
-        folder,
         inputs={"logits": logits.numpy(), "labels": labels.numpy(), "grad": grad.numpy()},
         outputs=dict.fromkeys(("row_max", "row_logsum", "gold"), ((rows,), dtype))
         | {"d_logits": ((-1,), np.uint8)},
@@ -171,7 +169,7 @@ def run_chunks(harness, program, folder, logits, labels, grad, chunk, out, **opt
         (torch.float64, torch.float64, True),
     ],
 )
-def test_chunks(harness, chunk_program, tmp_path, dtype, out, in_place, chunk):
+def test_chunks(harness, chunk_program, dtype, out, in_place, chunk):
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 1300, generator=g, dtype=torch.float64).mul_(4)
     logits[1] += 1e4
@@ -179,12 +177,12 @@ def test_chunks(harness, chunk_program, tmp_path, dtype, out, in_place, chunk):
     logits = logits.to(dtype)
     labels = torch.tensor([0, 1299, 639, 640, 332])
     grad = torch.randn(5, generator=g).to(dtype)
-    results = [
-        run_chunks(
-            harness, chunk_program, tmp_path, logits, labels, grad, chunk, out, in_place=in_place, **order
-        )
-        for order in ORDERS
-    ]
+    results = in_parallel(
+        lambda order: run_chunks(
+            harness, chunk_program, logits, labels, grad, chunk, out, in_place=in_place, **order
+        ),
+        ORDERS,
+    )
     got, run = results[0]
     for other, _ in results[1:]:
         assert all(torch.equal(got[name], other[name]) for name in got)
@@ -207,11 +205,11 @@ def test_chunks(harness, chunk_program, tmp_path, dtype, out, in_place, chunk):
     assert made <= written <= made + 24 * 5 * -(-1300 // chunk)
 
 
-def test_chunks_pass_nan_on(harness, chunk_program, tmp_path):
+def test_chunks_pass_nan_on(harness, chunk_program):
     logits = torch.zeros(3, 8)
     logits[0, 3], logits[1, 3] = NAN, INF
     got, _ = run_chunks(
-        harness, chunk_program, tmp_path, logits, torch.zeros(3, dtype=torch.int64), torch.ones(3), 4,
+        harness, chunk_program, logits, torch.zeros(3, dtype=torch.int64), torch.ones(3), 4,
         torch.float32, in_place=True,
     )  # fmt: skip
     assert got["row_logsum"][:2].isnan().all()
@@ -219,13 +217,11 @@ def test_chunks_pass_nan_on(harness, chunk_program, tmp_path):
     assert torch.isfinite(got["d_logits"][2]).all()
 
 
-def test_under_the_sanitizers(harness, tmp_path):
+def test_under_the_sanitizers(harness):
     program = harness.build(
         "drive_linear_marginal_ce.cpp", [ROOT / "csrc/linear_marginal_ce/chunk.cu"], build="sanitizers"
     )
     logits = torch.randn(2, 517)
     labels = torch.tensor([0, 516])
     for chunk in (256, 100):
-        run_chunks(
-            harness, program, tmp_path, logits, labels, torch.ones(2), chunk, torch.bfloat16, in_place=False
-        )
+        run_chunks(harness, program, logits, labels, torch.ones(2), chunk, torch.bfloat16, in_place=False)

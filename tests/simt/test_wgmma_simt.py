@@ -7,15 +7,26 @@ from realm_fast.benchmarks.gpu import model
 
 from realm_fast.device_index import DeviceIndex
 from realm_fast.ops.mips_topk import mips_topk_reference
-from simt.harness import ROOT
-from simt.scans import EMULATED, ORDERS, SOURCES, assert_answer, build_changed, integers
+from simt.harness import in_parallel
+from simt.scans import (
+    EMULATED,
+    ORDERS,
+    SOURCES,
+    answer_of,
+    assert_answer,
+    assert_same,
+    barrier_lines,
+    build_changed,
+    in_every_order,
+    integers,
+    noticed,
+)
 
 
 def took_wgmma(run):
     return any("scan_wgmma" in launch["kernel"] for launch in run.launches)
 
 
-@pytest.mark.parametrize("options", ORDERS, ids=lambda o: o["order"])
 @pytest.mark.parametrize(
     ("dtype", "B", "N", "D", "k"),
     [
@@ -27,17 +38,16 @@ def took_wgmma(run):
         ("bfloat16", 1537, 700, 8, 2),  # four, and the last has one row
     ],
 )
-def test_answers(search, dtype, B, N, D, k, options):
+def test_answers(search, dtype, B, N, D, k):
     rng = np.random.default_rng(B + N)
     queries, blocks = integers(rng, (B, D), dtype), integers(rng, (N, D), dtype)
-    run = search(queries, blocks, k, kernel="wgmma", **options)
-    assert_answer(run, queries, blocks, k)
-    assert took_wgmma(run)
+    for run in in_every_order(search, queries, blocks, k, kernel="wgmma"):
+        assert_answer(run, queries, blocks, k)
+        assert took_wgmma(run)
 
 
-@pytest.mark.parametrize("options", ORDERS, ids=lambda o: o["order"])
 @pytest.mark.parametrize("case", ["all tied", "rising", "falling"])
-def test_hard_orders(search, case, options):
+def test_hard_orders(search, case):
     """Every score ties; every block beats all before it; none does: full queues, many compactions."""
     queries, blocks = torch.zeros(150, 8).bfloat16(), torch.zeros(1500, 8).bfloat16()
     queries[:, 0], queries[:, 1] = 64, 1
@@ -47,8 +57,8 @@ def test_hard_orders(search, case, options):
         blocks[:, 0], blocks[:, 1] = torch.arange(1500) // 64, torch.arange(1500) % 64
     if case == "falling":
         blocks = blocks.flip(0)
-    run = search(queries, blocks, 150, kernel="wgmma", num_seeds=256, **options)
-    assert_answer(run, queries, blocks, 150)
+    for run in in_every_order(search, queries, blocks, 150, kernel="wgmma", num_seeds=256):
+        assert_answer(run, queries, blocks, 150)
 
 
 def test_exclusions_and_special_values(search):
@@ -74,19 +84,16 @@ def test_bit_for_bit_the_other_scan(search):
     rng = np.random.default_rng(8)
     queries = torch.from_numpy(rng.standard_normal((150, 96), np.float32)).bfloat16()
     blocks = torch.from_numpy(rng.standard_normal((1800, 96), np.float32)).bfloat16()
-    runs = [
-        search(queries, blocks, 10, kernel=kernel, multiprocessors=multiprocessors, num_seeds=seeds, order=order)
-        for kernel, multiprocessors, seeds, order in [
-            ("mma", 3, 256, "ascending"),
-            ("wgmma", 1, 128, "ascending"),
-            ("wgmma", 3, 640, "random"),
-            ("wgmma", 9, 256, "descending"),
-        ]
-    ]  # fmt: skip
+    grids = [("mma", 3, 256, "ascending"), ("wgmma", 1, 128, "ascending"), ("wgmma", 3, 640, "random"),
+             ("wgmma", 9, 256, "descending")]  # fmt: skip
+    runs = in_parallel(
+        lambda grid: search(
+            queries, blocks, 10, kernel=grid[0], multiprocessors=grid[1], num_seeds=grid[2], order=grid[3]
+        ),
+        grids,
+    )
     for run in runs:
-        assert run.errors == []
-        np.testing.assert_array_equal(run.arrays["ids"], runs[0].arrays["ids"])
-        np.testing.assert_array_equal(run.arrays["scores"], runs[0].arrays["scores"])
+        assert_same(run, answer_of(runs[0]))
 
 
 @pytest.mark.parametrize("data", ["normal", "near copies", "zeros and giants"])
@@ -102,14 +109,12 @@ def test_a_certified_scan_gives_the_float32_answer(search, data):
         q[0], q[1, 3] = 0, np.nan
     queries, blocks = torch.from_numpy(q), torch.from_numpy(x)
     exclude = torch.from_numpy(rng.integers(-1, len(x), (len(q), 3)))
-    exact = search(queries, blocks, 10, exclude)
-    for options in ORDERS[0], ORDERS[2]:
-        index = DeviceIndex.from_embeddings(blocks, "bfloat16")
-        run = search(queries, index, 10, exclude, kernel="wgmma", **options)
-        assert run.errors == []
+    index = DeviceIndex.from_embeddings(blocks, "bfloat16")
+    calls = [(blocks, {}), (index, ORDERS[0] | {"kernel": "wgmma"}), (index, ORDERS[2] | {"kernel": "wgmma"})]
+    exact, *runs = in_parallel(lambda call: search(queries, call[0], 10, exclude, **call[1]), calls)
+    for run in runs:
+        assert_same(run, answer_of(exact))
         assert took_wgmma(run)
-        np.testing.assert_array_equal(run.arrays["ids"], exact.arrays["ids"])
-        np.testing.assert_array_equal(run.arrays["scores"], exact.arrays["scores"])
 
 
 @pytest.mark.parametrize(
@@ -128,11 +133,12 @@ def test_when_it_is_taken(search, B, D, options, obstacle):
     """By itself where it can be had and pays; asked for, it runs or says why it cannot."""
     rng = np.random.default_rng(2)
     queries, blocks = integers(rng, (B, D), "bfloat16"), integers(rng, (200, D), "bfloat16")
-    run = search(queries, blocks, 3, **options)
+    run, mma, asked = in_parallel(
+        lambda kernel: search(queries, blocks, 3, kernel=kernel, **options), ["auto", "mma", "wgmma"]
+    )
     assert_answer(run, queries, blocks, 3)
     assert took_wgmma(run) == (obstacle is None)
-    assert not took_wgmma(search(queries, blocks, 3, kernel="mma", **options))
-    asked = search(queries, blocks, 3, kernel="wgmma", **options)
+    assert not took_wgmma(mma)
     if obstacle in (None, "few queries"):
         assert took_wgmma(asked)
     else:
@@ -171,28 +177,20 @@ def fault_inputs(num_queries=200, dim=72):
     return queries.repeat(8, 1)[:num_queries], blocks
 
 
-def noticed(run, queries, blocks, k):
-    want = mips_topk_reference(queries.double(), blocks.double(), k)
-    return (
-        run.kinds
-        or not np.array_equal(run.arrays["ids"], want.ids.numpy())
-        or not np.array_equal(run.arrays["scores"], want.scores.float().numpy())
-    )
-
-
-def barrier_lines():
-    text = (ROOT / "csrc/mips_topk/scan_wgmma.cuh").read_text()
-    return [number for number, line in enumerate(text.splitlines(), 1) if "__syncthreads" in line]
-
-
-@pytest.mark.parametrize("line", barrier_lines())
-def test_every_barrier_is_needed_and_missed(search, line):
+def test_every_barrier_is_needed_and_missed(search):
     queries, blocks = fault_inputs()
-    run = search(
-        queries, blocks, 10, num_seeds=128, kernel="wgmma", multiprocessors=1, order="random", seed=3,
-        drop_barrier_file="scan_wgmma.cuh", drop_barrier_line=line,
-    )  # fmt: skip
-    assert run.kinds, f"nothing noticed that scan_wgmma.cuh:{line} was gone"
+
+    def is_missed(place):
+        file, line = place
+        return bool(search(
+            queries, blocks, 10, num_seeds=128, kernel="wgmma", multiprocessors=1, order="random", seed=3,
+            drop_barrier_file=file, drop_barrier_line=line,
+        ).kinds)  # fmt: skip
+
+    places = list(barrier_lines("scan_wgmma.cuh"))
+    assert len(places) >= 3
+    unnoticed = [place for place, missed in zip(places, in_parallel(is_missed, places)) if not missed]
+    assert unnoticed == []
 
 
 FAULTS = {  # and what gives each away
@@ -204,11 +202,19 @@ FAULTS = {  # and what gives each away
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_of_the_instructions_are_noticed(search, fault):
+@pytest.fixture(scope="module")
+def faulty_runs(search):
     queries, blocks = fault_inputs()
-    run = search(queries, blocks, 10, num_seeds=128, kernel="wgmma", **{fault: 1})
-    assert noticed(run, queries, blocks, 10)
+    runs = in_parallel(
+        lambda fault: search(queries, blocks, 10, num_seeds=128, kernel="wgmma", **{fault: 1}), FAULTS
+    )
+    return dict(zip(FAULTS, runs))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_the_instructions_are_noticed(faulty_runs, fault):
+    run = faulty_runs[fault]
+    assert noticed(run, *fault_inputs(), 10)
     assert any(FAULTS[fault] in kind for kind in run.kinds | {""})
 
 
@@ -231,37 +237,56 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_of_the_source_are_noticed(harness, search, tmp_path, name):
-    program = build_changed(harness, tmp_path / "changed", ["mips_topk_sm90a.cu"], [MUTANTS[name]])
+def mutant_calls():
+    """What is searched to find a change: (queries, blocks, k)."""
     queries, blocks = fault_inputs()
-    options = {"num_seeds": 128, "kernel": "wgmma", "multiprocessors": 2}
     few = blocks.clone()
     few[:, 0] = 0  # in no order: few survivors, which do not fill the queue
-    for some, rows in ((queries, blocks), (queries[:2], few)):
-        if noticed(search(some, rows, 10, program=program, **options), some, rows, 10):
-            return
-    pytest.fail(f"nothing noticed the change {name!r}")
+    return [(queries, blocks, 10), (queries[:2], few, 10)]
+
+
+@pytest.fixture(scope="module")
+def mutants_noticed(harness, search, tmp_path_factory):
+    def is_noticed(name):
+        folder = tmp_path_factory.mktemp("changed")
+        program = build_changed(harness, folder, ["mips_topk_sm90a.cu"], [MUTANTS[name]])
+        options = {"num_seeds": 128, "kernel": "wgmma", "multiprocessors": 2}
+        return any(noticed(search(*call, program=program, **options), *call) for call in mutant_calls())
+
+    return dict(zip(MUTANTS, in_parallel(is_noticed, MUTANTS)))
+
+
+@pytest.mark.timeout(900)  # the first waits for all to be compiled and run
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_of_the_source_are_noticed(mutants_noticed, name):
+    assert mutants_noticed[name]
 
 
 def test_the_faults_are_all_that_is_wrong(search):
     """What the tests above run, unchanged: nothing is reported and the answer is right."""
-    queries, blocks = fault_inputs()
-    few = blocks.clone()
-    few[:, 0] = 0
-    for some, rows in ((queries, blocks), (queries[:2], few)):
-        for options in ({}, {"multiprocessors": 1, "order": "random", "seed": 3}, {"multiprocessors": 2}):
-            run = search(some, rows, 10, num_seeds=128, kernel="wgmma", **options)
-            assert not noticed(run, some, rows, 10)
+    calls = [
+        (call, options)
+        for call in mutant_calls()
+        for options in ({}, {"multiprocessors": 1, "order": "random", "seed": 3}, {"multiprocessors": 2})
+    ]
+    runs = in_parallel(lambda c: search(*c[0], num_seeds=128, kernel="wgmma", **c[1]), calls)
+    for run, (call, _) in zip(runs, calls):
+        assert not noticed(run, *call), run.options
 
 
 def test_address_and_undefined_behaviour_sanitizers(harness, search):
     program = harness.build("drive_mips_topk.cpp", SOURCES, build="sanitizers")
     rng = np.random.default_rng(17)
+    calls = []
     for dtype, (B, N, D), k, extra in [
         ("bfloat16", (300, 500, 128), 10, {}),
         ("float16", (140, 700, 40), 3, {"order": "random"}),
     ]:
-        queries, blocks = integers(rng, (B, D), dtype), integers(rng, (N, D), dtype)
+        calls.append((integers(rng, (B, D), dtype), integers(rng, (N, D), dtype), k, extra))
+
+    def check(call):
+        queries, blocks, k, extra = call
         run = search(queries, blocks, k, program=program, num_seeds=128, kernel="wgmma", **extra)
         assert_answer(run, queries, blocks, k)
+
+    in_parallel(check, calls)

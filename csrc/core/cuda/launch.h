@@ -1,6 +1,7 @@
 // Host side of every launch: errors with words, and what the device can do.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -25,6 +26,15 @@ inline void check(cudaError_t error, const char* what) {
 
 // Errors of the launch itself; errors inside a kernel show at the caller's next synchronisation.
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
+
+// So many thread blocks along x: a number that CUDA does not take is refused, not cut to 32 bits.
+inline unsigned grid_size(int64_t blocks, const char* kernel) {
+  if (blocks < 1 || blocks > INT32_MAX) {
+    throw std::invalid_argument(std::string(kernel) + ": " + std::to_string(blocks) +
+                                " thread blocks; a launch takes 1 to 2^31 - 1");
+  }
+  return static_cast<unsigned>(blocks);
+}
 
 inline int device_attribute(cudaDeviceAttr attribute, const char* what) {
   int device = 0;
