@@ -370,6 +370,17 @@ def test_kept_logits_change_nothing(cpu_level, dtype):
         )
         assert torch.equal(loss, expected[0])
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
+    # A scalar loss is not always computed in two passes: then its gradients are rounded in another order.
+    for reduction in ("mean", "sum"):
+        options = {"impl": "cpu", "reduction": reduction}
+        plain = loss_and_gradients(rf.linear_marginal_cross_entropy, inputs, **options)
+        loss, gradients = loss_and_gradients(
+            rf.linear_marginal_cross_entropy, inputs, keep_logits_bytes=everything, **options
+        )
+        assert torch.equal(loss, plain[0])
+        rtol, atol = {torch.float64: (1e-10, 1e-13), torch.float32: (1e-4, 1e-5)}.get(dtype, (0, 0))
+        for a, b in zip(gradients, plain[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_kept_logits_are_not_read_for_other_rows_or_at_another_level():
@@ -527,12 +538,25 @@ def test_views_and_other_ignore_indices():
 
 
 @pytest.mark.parametrize("impl", ["cpu", "blas", "reference"])
-@pytest.mark.parametrize("bad", [61, -1, 10**12])
+@pytest.mark.parametrize("bad", [61, -1, 10**12, -(10**12)])
 def test_labels_out_of_range(impl, bad):
     hidden, weight, bias, labels, scores = make(dtype=torch.float32)
     labels[0, 0] = bad
     with pytest.raises(ValueError, match=rf"labels: expected values in \[0, 61\) or ignore_index, got {bad}"):
         rf.linear_marginal_cross_entropy(hidden, weight, bias, labels, scores, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "blas", "reference"])
+def test_the_mark_of_rows_that_do_not_count_is_no_label(impl):
+    hidden, weight, bias, labels, scores = make(dtype=torch.float32)
+    expected = rf.linear_marginal_cross_entropy(hidden, weight, bias, labels, scores, impl=impl)
+    marked = labels.masked_fill(labels == -100, NOT_COUNTED)
+    with pytest.raises(ValueError, match="labels: expected values in"):
+        rf.linear_marginal_cross_entropy(hidden, weight, bias, marked, scores, impl=impl)
+    loss = rf.linear_marginal_cross_entropy(
+        hidden, weight, bias, marked, scores, ignore_index=NOT_COUNTED, impl=impl
+    )
+    assert torch.equal(loss, expected)
 
 
 def test_bad_input_is_named():
