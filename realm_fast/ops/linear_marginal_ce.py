@@ -11,7 +11,8 @@
 The work is in `linear_gold` (gold_log_prob from hidden, forward and backward); the marginal over it is
 small and an op of its own, so any upstream gradient, and so any reduction or objective, is exact. Rows
 whose position is ignored or whose slot is absent, and in the backward pass rows with a zero gradient, are
-left out before anything is multiplied.
+left out before anything is multiplied. A scalar loss on the CPU runs the same kernels over chunks of rows,
+forward and backward while the logits of a chunk are there (docs/adr/0010-one-pass-for-a-scalar-loss.md).
 """
 
 from typing import NamedTuple, NoReturn
@@ -144,11 +145,11 @@ def linear_marginal_cross_entropy(
         impl: "auto", "cpu" (native, fused), "cuda" (cuBLAS and native kernels), "blas" (torch's products by
             chunks) or "reference" (plain torch, holds the logits).
         chunk_bytes: memory for a chunk of logits and what goes with it; None: 256 MiB on CUDA, 8 MiB on the
-            CPU, or, where gradients are computed along with a scalar loss (see there), that and the logits
-            of an eighth of the rows that count.
+            CPU; where gradients are made along with a scalar loss (see below), 2 MiB and the logits of an
+            eighth of the rows that count, or of 8 MiB if that is more. Packed rows of hidden come on top.
         keep_logits_bytes: memory for logits that the forward pass leaves to the backward pass, which
-            recomputes the others ("cpu" only; the same results). With R rows that count, 0 costs 8 R H V
-            FLOPs and the least memory; 4 R V bytes and a little more, 6 R H V FLOPs.
+            recomputes the others ("cpu" only; the same results). Of two passes over R rows that count, 0
+            costs 8 R H V FLOPs and the least memory; 4 R V bytes and a little more, 6 R H V FLOPs.
         drop_responsibility_below: rows with a smaller responsibility get no gradient through hidden, weight
             and bias, and cost nothing in the backward pass; the mass dropped is in the stats. 0 drops none.
         return_stats: also return `MarginalStats`: detached by-products of the same pass.
@@ -166,9 +167,9 @@ def linear_marginal_cross_entropy(
     a number. (-inf in bias is a word of probability 0.)
 
     On the CPU, outside torch.compile, a scalar loss of float32 or float64 tensors makes its gradients in the
-    forward pass, while the logits are there: 6 R H V FLOPs. The budget must hold the largest group (a position,
-    or for "sequence" a query, with all its candidates), and neither keep_logits_bytes nor
-    drop_responsibility_below may be set. The backward pass scales them. So evaluation should run under
+    forward pass, while the logits are there: 6 R H V FLOPs. The budget must hold the largest group (a position
+    with all its candidates, or for "sequence" a query with all of them), and neither keep_logits_bytes nor
+    drop_responsibility_below may be set. The backward pass scales the gradients. So evaluation should run under
     torch.no_grad(): else it pays for gradients that nobody asks for.
 
     Source: REALM (Guu et al. 2020) section 3; the gradients in docs/ops/linear_marginal_ce.md.
@@ -615,17 +616,18 @@ def _plan_one_pass(hidden, weight, bias, row_labels, level, reduction, compute, 
     sizes = _group_sizes(row_labels != NOT_COUNTED, level)
     largest, total = (int(sizes.max()), int(sizes.sum())) if sizes.numel() else (0, 0)
     vocab, width = weight.shape
+    row_bytes = _kept_bytes(_ROW_PADDING, vocab, acc) // _ROW_PADDING  # of logits
     if chunk_bytes is None:
-        one_row = acc.itemsize * vocab
-        logits_bytes, vocab_bytes = max(one_row * (total // 8), CPU_CHUNK_BYTES), CPU_CHUNK_BYTES // 4
+        rows, vocab_bytes = max(total // 8, CPU_CHUNK_BYTES // row_bytes), CPU_CHUNK_BYTES // 4
     else:
-        logits_bytes, vocab_bytes = chunk_bytes * 3 // 4, chunk_bytes // 4
-    rows = min(total, logits_bytes // _kept_bytes(_ROW_PADDING, vocab, acc) * _ROW_PADDING)
+        rows, vocab_bytes = chunk_bytes * 3 // 4 // row_bytes, chunk_bytes // 4
+    rows = min(total, rows // _ROW_PADDING * _ROW_PADDING)
     if not 0 < largest <= rows or vocab_bytes < _VOCAB_GROUP * _entry_bytes(rows, width, compute):
         return None
-    whole_panels = rows // _panel_rows(compute) * _panel_rows(compute)
-    if largest <= whole_panels and rows < total:
-        rows = whole_panels
+    # Whole panels multiply fastest; many more chunks, each of which reads all of weight, would cost more.
+    panels = rows // _panel_rows(compute) * _panel_rows(compute)
+    if rows < total and panels >= max(largest, rows * 3 / 4):
+        rows = panels
     return _OnePass(level, reduction, compute, rows, vocab_bytes, needs)
 
 
