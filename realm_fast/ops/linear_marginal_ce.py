@@ -166,11 +166,11 @@ def linear_marginal_cross_entropy(
     query's retrieval_scores, make the losses they enter NaN, and the gradients of these; they never become
     a number. (-inf in bias is a word of probability 0.)
 
-    On the CPU, outside torch.compile, a scalar loss of float32 or float64 tensors makes its gradients in the
-    forward pass, while the logits are there: 6 R H V FLOPs. The budget must hold the largest group (a position
-    with all its candidates, or for "sequence" a query with all of them), and neither keep_logits_bytes nor
-    drop_responsibility_below may be set. The backward pass scales the gradients. So evaluation should run under
-    torch.no_grad(): else it pays for gradients that nobody asks for.
+    On the CPU, outside torch.compile, a scalar loss of float32 or float64 tensors makes its gradients in
+    the forward pass, while the logits are there: 6 R H V FLOPs. The budget must hold the largest group: a
+    position ("token") or a query ("sequence") with all its candidates; neither keep_logits_bytes nor
+    drop_responsibility_below may be set. The backward pass scales the gradients. So evaluation should run
+    under torch.no_grad(): else it pays for gradients that nobody asks for.
 
     Source: REALM (Guu et al. 2020) section 3; the gradients in docs/ops/linear_marginal_ce.md.
     """
