@@ -585,6 +585,16 @@ def test_bad_input_is_named():
         call(hidden, weight[:0], None, labels, scores)
     with pytest.raises(ValueError, match="reduction: expected one of"):
         call(hidden, weight, bias, labels, scores, reduction="average")
+    with pytest.raises(ValueError, match="level: expected one of 'token', 'sequence'"):
+        call(hidden, weight, bias, labels, scores, level="word")
+    with pytest.raises(TypeError, match=r"retrieval_scores: expected \[3, 4\] .*, got .* int64"):
+        call(hidden, weight, bias, labels, scores.nan_to_num(neginf=0).long())
+    with pytest.raises(ValueError, match="chunk_bytes: expected an int >= 1, got 0"):
+        call(hidden, weight, bias, labels, scores, chunk_bytes=0)
+    with pytest.raises(TypeError, match="chunk_bytes: expected an int"):
+        call(hidden, weight, bias, labels, scores, chunk_bytes=1e6)
+    with pytest.raises(ValueError, match="keep_logits_bytes: expected an int >= 0, got -1"):
+        call(hidden, weight, bias, labels, scores, keep_logits_bytes=-1)
     with pytest.raises(ValueError, match=r"drop_responsibility_below: expected 0 <= x < 1, got 1.5"):
         call(hidden, weight, bias, labels, scores, drop_responsibility_below=1.5)
     with pytest.raises(
