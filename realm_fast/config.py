@@ -104,6 +104,16 @@ class PretrainConfig:
     accumulate_batches: int = setting(1, "micro-batches in one optimizer step", minimum=1)
     num_candidates: int = setting(8, "K, candidates of a query, the null block included", minimum=1)
     level: Literal["token", "sequence"] = setting("token", "marginalise each masked token, or the whole span")
+    objective: Literal["marginal", "emdr2", "pdist"] = setting(
+        "marginal",
+        "what the retriever learns from: the marginal likelihood, or the reader's likelihoods as they are "
+        "(EMDR2; pdist: perplexity distillation, as in Atlas)",
+    )
+    distill_temperature: float = setting(0.01, "of objective pdist, on log-probabilities", minimum=1e-6)
+    ict_weight: float = setting(
+        0.0, "the inverse cloze loss, times this, is added to the loss of every step (0: off)", minimum=0.0
+    )
+    ict_queries: int = setting(64, "sentences in a step's inverse cloze loss", minimum=2)
     score_temperature: float = setting(1.0, "scores are divided by this before the softmax", minimum=1e-6)
     exclude_trivial: bool = setting(True, "drop the block a query was cut from, and near-copies of it")
     use_null_block: bool = setting(True, "the empty block in slot 0")

@@ -195,7 +195,8 @@ def question_sets(
     """The evaluation's question sets, the reachable questions marked.
 
     The subset is found at the first call and kept in RUN/evaluate/reachable with what it was found with; it
-    is found again only if the corpus, the questions or the rule change.
+    is found again only if the corpus, the questions or the rule change. A file in which every question is
+    marked is taken at its word: runs that share it share the subset.
     """
     specs = [spec.strip() for spec in config.evaluate.questions.split(",") if spec.strip()]
     if not specs:
@@ -208,6 +209,9 @@ def question_sets(
         if not questions:
             raise DataError(f"{spec}: holds no question.")
         _check_patterns(questions)
+        if all(q.reachable is not None for q in questions):
+            sets.append(QuestionSet(name, questions))
+            continue
         made_with = {
             "version": REACHABLE_VERSION,
             "corpus_hash": store.corpus_hash,

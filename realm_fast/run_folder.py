@@ -187,9 +187,12 @@ def corpus_stages_path(store_path: Path) -> Path:
 def record_stage(path: Path, name: str) -> Iterator[dict[str, Any]]:
     """Adds a line about what was done inside to `path`, if it ended well or was asked to stop.
 
-    Yields details to fill in.
+    Yields details to fill in. Its peak memory is that of the stage where the system can count anew from its
+    beginning (Linux), else that of the process so far.
     """
     details: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: forgets the peak
     started, begin = now_iso(), time.monotonic()
     interrupted: Interrupted | None = None
     try:
