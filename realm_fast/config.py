@@ -244,6 +244,10 @@ class FinetuneConfig:
         "nq.dev,trivia.dev", "question sets to train on: packaged names or files, comma-separated"
     )
     limit_questions: int = setting(0, "of each set (0: all)", minimum=0)
+    retriever: Literal["embedder", "bm25"] = setting(
+        "embedder",
+        "where the blocks come from; bm25 (a baseline): from word statistics, and only the reader learns",
+    )
     steps: int = setting(1000, "optimizer steps", minimum=1)
     batch_questions: int = setting(8, "questions in one step", minimum=1)
     retriever_beam: int = setting(100, "blocks in the retriever's loss (published: 5000)", minimum=1)

@@ -307,17 +307,15 @@ def predict(
     store = model.store
     tokens, _ = question_tokens(store.tokenizer(), questions, model.settings.max_question_tokens)
     emb = embed_questions(model.embedder, tokens)
-    answers, texts = AnswerTable(questions, store), SpanText(store)
+    answers, span_texts = AnswerTable(questions, store), SpanText(store)
     predictions = []
     with (
         torch.inference_mode(),
         bar(total=len(questions), desc=f"answer {what}", unit="question", enabled=progress) as shown,
     ):
         for rows in batches(len(questions), max(1, BATCH_BLOCKS // reader_beam)):
-            beam = retrieve(
-                model.index, emb[rows.start : rows.stop], max(depth, reader_beam),
-                temperature=model.settings.score_temperature,
-            )  # fmt: skip
+            texts = [questions[i].text for i in rows]
+            beam = model.beam(texts, emb[rows.start : rows.stop], max(depth, reader_beam))
             ranks = [answers.first_rank(i, ids[:depth]) for i, ids in zip(rows, beam.ids, strict=True)]
             if model.span_reader is None:
                 predictions += [
@@ -332,7 +330,7 @@ def predict(
                 utilities = read_utility(read.scores, scores, gold_spans(read, list(rows), answers))
                 best = best_answers(read, scores, 1)
                 for i, found, rank, utility in zip(rows, best, ranks, utilities, strict=True):
-                    predictions.append(_prediction(questions[i], found, rank, utility, store, texts))
+                    predictions.append(_prediction(questions[i], found, rank, utility, store, span_texts))
             shown.update(len(rows))
     return predictions
 

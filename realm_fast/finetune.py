@@ -20,7 +20,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from realm_fast.checkpoint import (
     save_checkpoint,
 )
 from realm_fast.config import Config
-from realm_fast.device import resolve_device
+from realm_fast.device import resolve_device, to_device
 from realm_fast.embedder import Embedder
 from realm_fast.errors import CorruptArtifactError, DataError, UserError
 from realm_fast.files import read_json, write_json
@@ -48,12 +48,13 @@ from realm_fast.objective import orqa_mml_loss
 from realm_fast.packing import query_input
 from realm_fast.progress import bar
 from realm_fast.qa_model import StartingPoint, index_of, starting_point
-from realm_fast.questions import Question, load_questions
+from realm_fast.questions import Bm25Index, Question, load_questions
 from realm_fast.reader import SpanReader
 from realm_fast.reading import (
     AnswerTable,
     ReadSettings,
     batches,
+    bm25_beam,
     embed_questions,
     gold_spans,
     question_tokens,
@@ -107,6 +108,7 @@ def finetune(
     questions: Sequence[Question] | None = None,
     resume: bool = False,
     progress: bool = False,
+    on_step: Callable[[int], None] | None = None,
 ) -> FinetuneResult:
     """Fine-tunes from the run's newest pre-training checkpoint, or from the warm start where there is none.
 
@@ -116,6 +118,7 @@ def finetune(
         questions: instead of those that `config.finetune.questions` names.
         resume: go on from the newest fine-tuning checkpoint.
         progress: show a bar.
+        on_step: called with the number of every step that was made.
 
     Raises:
         UserError: nothing to train on, or the folder holds checkpoints and `resume` is False.
@@ -146,7 +149,7 @@ def finetune(
             trainer = job()
             run.save_config(config)
             first = trainer.step
-            result = trainer.train(progress=progress)
+            result = trainer.train(progress=progress, on_step=on_step)
             details |= {
                 "started_from": trainer.started_from,
                 "steps": trainer.step - first,
@@ -173,6 +176,7 @@ class Trainer:
         snapshot: str,
         started_from: str,
         identity: dict[str, Any],
+        bm25: Bm25Index | None = None,
     ) -> None:
         self.run, self.config, self.store = run, config, store
         self.device = resolve_device(config.device)
@@ -180,6 +184,8 @@ class Trainer:
         self.index, self.snapshot, self.started_from = index, snapshot, started_from
         self.selection, self.identity = selection, identity
         self.settings = ReadSettings.of(config)
+        self.bm25 = bm25
+        self.texts = [question.text for question in questions]
         self.answers = AnswerTable(questions, store)
         self.tokens, _ = question_tokens(store.tokenizer(), questions, self.settings.max_question_tokens)
         self.block_encoder_hash = embedder.hash()
@@ -248,6 +254,7 @@ class Trainer:
         index = residence.place(open_snapshot(run.path / snapshot, expect=expect).index)
         if config.finetune.retriever_beam > len(index):
             log.info("the corpus has %d blocks: every beam is all of them", len(index))
+        bm25 = Bm25Index(store, progress=progress) if config.finetune.retriever == "bm25" else None
         if checkpoint is not None:
             selection = read_selection(run.finetune_dir / SELECTION_FILE, identity)
         else:
@@ -258,6 +265,7 @@ class Trainer:
                 questions,
                 beam=config.finetune.retriever_beam,
                 max_question_tokens=ReadSettings.of(config).max_question_tokens,
+                bm25=bm25,
                 progress=progress,
             )
             log.info(describe_counts(selection.counts))
@@ -273,7 +281,7 @@ class Trainer:
             )
         trainer = cls(
             run, config, store, embedder, span_reader, questions, selection,
-            index=index, snapshot=snapshot, started_from=started_from, identity=identity,
+            index=index, snapshot=snapshot, started_from=started_from, identity=identity, bm25=bm25,
         )  # fmt: skip
         if checkpoint is not None:
             checkpoint.load_optimizer(trainer.optimizer)
@@ -281,7 +289,7 @@ class Trainer:
             trainer.window = dict(checkpoint.state["window"])
         return trainer
 
-    def train(self, *, progress: bool) -> FinetuneResult:
+    def train(self, *, progress: bool, on_step: Callable[[int], None] | None = None) -> FinetuneResult:
         """The loop, from the step reached to the last; metrics, checkpoints and stop requests included."""
         tuning = self.config.finetune
         loss: float | None = None
@@ -300,6 +308,8 @@ class Trainer:
                 self._add(step_s=seconds)
                 shown.update()
                 shown.set_postfix(loss=loss, questions_per_s=tuning.batch_questions / seconds)
+                if on_step is not None:
+                    on_step(self.step)
                 if self.step % tuning.log_every_steps == 0 or self.step == tuning.steps:
                     metrics.write(self._record(rates, grad_norm))
                     self.window.clear()
@@ -351,12 +361,12 @@ class Trainer:
         with autocast:
             rows = [query_input(t, self.embedder.special) for t in tokens]
             query_emb = self.embedder.query_emb(self.embedder.pad(rows))  # [B, D]
-        beam = retrieve(
-            self.index,
-            query_emb,
-            max(self.config.finetune.retriever_beam, self.settings.reader_beam),
-            temperature=self.settings.score_temperature,
-        )
+        k = max(self.config.finetune.retriever_beam, self.settings.reader_beam)
+        if self.bm25 is not None:
+            beam = bm25_beam(self.bm25, [self.texts[i] for i in questions], k)
+            beam = beam._replace(scores=to_device(beam.scores, self.device))
+        else:
+            beam = retrieve(self.index, query_emb, k, temperature=self.settings.score_temperature)
         holds = np.stack([self.answers.holds(q, ids) for q, ids in zip(questions, beam.ids, strict=True)])
         retriever = mean_mml(beam.scores, torch.from_numpy(holds).to(self.device))
         reads = self.settings.reader_beam
@@ -447,12 +457,13 @@ def select_questions(
     *,
     beam: int,
     max_question_tokens: int,
+    bm25: Bm25Index | None = None,
     progress: bool = False,
 ) -> Selection:
     """Sorts out what cannot be trained on: no text, no answer, or no block of the beam holds one.
 
-    The beam is that of `embedder` as it is now. Training on a question whose beam holds no answer would give
-    no gradient until the retriever has come to find one.
+    The beam is that of `embedder` as it is now, or BM25's. Training on a question whose beam holds no answer
+    would give no gradient until the retriever has come to find one.
     """
     counts = Counter(given=len(questions), no_text=0, no_answer=0, no_answer_in_beam=0, cut_to_length=0)
     tokens, _ = question_tokens(store.tokenizer(), questions, max_question_tokens + 1)
@@ -471,7 +482,10 @@ def select_questions(
     trainable: list[int] = []
     with bar(total=len(usable), desc="match answers", unit="question", enabled=progress) as shown:
         for rows in batches(len(usable), 256):
-            ids = retrieve(index, emb[rows.start : rows.stop], beam).ids
+            if bm25 is not None:
+                ids = bm25_beam(bm25, [questions[usable[row]].text for row in rows], beam).ids
+            else:
+                ids = retrieve(index, emb[rows.start : rows.stop], beam).ids
             for row, block_ids in zip(rows, ids, strict=True):
                 if answers.holds(usable[row], block_ids).any():
                     trainable.append(usable[row])

@@ -26,8 +26,9 @@ from realm_fast.errors import DataError, ProvenanceError, RealmFastError
 from realm_fast.files import atomic_dir, link_or_copy
 from realm_fast.index import Index, Provenance
 from realm_fast.optim import step_seed
+from realm_fast.questions import Bm25Index
 from realm_fast.reader import Reader, SpanReader
-from realm_fast.reading import ReadSettings
+from realm_fast.reading import Beam, ReadSettings, bm25_beam, retrieve
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import list_snapshots, open_snapshot, read_manifest, snapshot_name
 from realm_fast.snapshot_writer import write_snapshot
@@ -61,6 +62,13 @@ class QaModel:
     settings: ReadSettings
     started_from: str | None = None  # what fine-tuning started from, if it was fine-tuned
     notes: list[str] = field(default_factory=list)
+    bm25: Bm25Index | None = None  # instead of the index, where the reader was fine-tuned so
+
+    def beam(self, texts: Sequence[str], query_emb: torch.Tensor, k: int) -> Beam:
+        """The best k blocks of each question."""
+        if self.bm25 is not None:
+            return bm25_beam(self.bm25, texts, k)
+        return retrieve(self.index, query_emb, k, temperature=self.settings.score_temperature)
 
 
 def starting_point(run: RunFolder, config: Config, store: TokenStore) -> StartingPoint:
@@ -235,6 +243,7 @@ def _finetuned(
 def _with_span_reader(
     checkpoint: Checkpoint, embedder: Embedder, store: TokenStore, name: str, index: Index
 ) -> QaModel:
+    settings = ReadSettings(**checkpoint.state["read_settings"])
     return QaModel(
         name,
         "finetune",
@@ -242,8 +251,9 @@ def _with_span_reader(
         SpanReader.load(checkpoint.module_folder("span_reader")).eval(),
         index,
         store,
-        ReadSettings(**checkpoint.state["read_settings"]),
+        settings,
         started_from=checkpoint.state["started_from"],
+        bm25=Bm25Index(store) if settings.retriever == "bm25" else None,
     )
 
 
