@@ -127,12 +127,12 @@ def test_arms_are_measured_alike_and_come_out_as_they_must(out):
     assert seeds[0] != seeds[1]
     runs = out / "ablations" / "runs"
 
-    def handed_over(name):
+    def searched(name):
         lines = read_jsonl(runs / f"{name}.seed-0" / "pretrain" / "refreshes.jsonl", "the refreshes")
-        return [line["step"] for line in lines if line["event"] == "handed over"]
+        return [line["snapshot_step"] for line in lines if line["event"] == "in use"]
 
-    assert handed_over("realm") == list(range(1, STEPS))
-    assert handed_over("stale") == handed_over("frozen") == []
+    assert searched("realm") == list(range(STEPS))
+    assert searched("stale") == searched("frozen") == [0]
     assert (runs / "realm.seed-0" / "pretrain" / "checkpoints").exists()  # the QA table starts from it
     assert not (runs / "stale.seed-0" / "pretrain" / "checkpoints").exists()
 
