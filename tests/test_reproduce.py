@@ -187,6 +187,10 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_result(tmp_path, out, confi
         assert result(tmp_path, "realm", seed)["measured"] == result(out, "realm", seed)["measured"]
     ablations.run_ablations(tmp_path, config, seeds=2, arms=[REALM])
     assert len(made) == made_before + 2
+    plan = json.loads((out / "plan.json").read_text()) | {"steps": 7}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ConfigError, match=r"realm.seed-0.json: is of a run of 6 steps, now 7 are planned"):
+        ablations.run_ablations(tmp_path, config, seeds=1, arms=[REALM])
 
 
 def test_an_arm_that_diverges_is_named_and_the_rest_goes_on(tmp_path, out, config, monkeypatch, caplog):
@@ -360,7 +364,7 @@ def test_an_empty_reachable_set_is_a_row_and_a_remark(tmp_path, out, config):
         }
         record = {"status": "done", "seed": seed, "seconds": 1.0, "peak_rss_bytes": 1, "measured": measured}
         shared.write_json(folder / "results" / f"realm.seed-{seed}.json", record)
-    text = qa.write_table(world, folder, 2).read_text()
+    text = qa.write_table(world, folder).read_text()
     assert "## t, reachable (0 questions)\n\nNo question of the set is reachable" in text
     assert "| REALM, fine-tuned | 2 | 1.00 ± 0.00 |" in text
 

@@ -94,10 +94,10 @@ def run_ablations(
         folder = out / "ablations"
         run_arms(
             shared, plan, folder, arms=arms, seeds=seeds, questions=questions,
-            report=lambda: write_tables(shared, plan, folder, seeds),
+            report=lambda: write_tables(shared, plan, folder, with_plot=False),
             stop_if_diverged=stop_if_diverged, progress=progress,
         )  # fmt: skip
-        return write_tables(shared, plan, folder, seeds)
+        return write_tables(shared, plan, folder)
 
 
 def run_arms(
@@ -147,7 +147,7 @@ def run_arms(
     )  # fmt: skip
 
 
-def write_tables(shared: Shared, plan: dict[str, Any], folder: Path, seeds: int) -> Path:
+def write_tables(shared: Shared, plan: dict[str, Any], folder: Path, *, with_plot: bool = True) -> Path:
     """table.md, table.json and plot.png of the results there are; returns the first."""
     cutoffs = parse_cutoffs(shared.config.evaluate.recall_at)
     shown_k = 5 if 5 in cutoffs else cutoffs[0]
@@ -155,7 +155,7 @@ def write_tables(shared: Shared, plan: dict[str, Any], folder: Path, seeds: int)
         "masked_accuracy", "masked_accuracy_null", "retrieval_utility", "masked_nll",
         *(f"recall@{k}" for k in cutoffs), *(f"reachable_recall@{k}" for k in cutoffs),
     ]  # fmt: skip
-    results = read_results(folder, [arm.name for arm in ABLATIONS], range(seeds))
+    results = read_results(folder, [arm.name for arm in ABLATIONS])
     arms = [arm for arm in ABLATIONS if arm.name in results]
     summaries = {arm.name: summarise(results[arm.name], names) for arm in arms}
     reference = summaries.get(REALM.name)
@@ -239,11 +239,15 @@ def write_tables(shared: Shared, plan: dict[str, Any], folder: Path, seeds: int)
         ("masked words right, %", "masked_accuracy", 100.0),
         ("retrieval utility, nats", "retrieval_utility", 1.0),
     ]
-    plot(
-        folder / "plot.png",
-        [arm.title for arm in arms],
-        [(title, [summaries[a.name]["metrics"][name] for a in arms], scale) for title, name, scale in panels],
-    )
+    if with_plot:
+        plot(
+            folder / "plot.png",
+            [arm.title for arm in arms],
+            [
+                (title, [summaries[a.name]["metrics"][name] for a in arms], scale)
+                for title, name, scale in panels
+            ],
+        )
     write_text(folder / "table.md", text)
     return folder / "table.md"
 

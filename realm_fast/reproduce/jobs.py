@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realm_fast.errors import TrainingDivergedError
+from realm_fast.errors import ConfigError, TrainingDivergedError
 from realm_fast.files import read_json, write_json
 from realm_fast.metrics import read_jsonl
 from realm_fast.progress import bar
@@ -55,10 +55,20 @@ def run_jobs(
         stop_if_diverged: end at the first job that diverges instead of recording it and going on.
 
     Raises:
+        ConfigError: a result there is was made with another number of steps.
         TrainingDivergedError: a job diverged and stop_if_diverged says so; its result is recorded.
         Interrupted: SIGINT or SIGTERM came; the same call goes on from there.
     """
-    pending = [job for job in jobs if not result_path(folder, job).exists()]
+    pending = []
+    for job in jobs:
+        path = result_path(folder, job)
+        if not path.exists():
+            pending.append(job)
+        elif (made := read_json(path, "a result")["steps"]) != job.steps:
+            raise ConfigError(
+                f"{path}: is of a run of {made} steps, now {job.steps} are planned; delete {folder} to begin "
+                "anew, or name another --out."
+            )
     total = sum(job.steps for job in jobs)
     first = total - sum(job.steps for job in pending)
     with bar(total=total, initial=first, desc=desc, unit="step", enabled=progress) as shown:
@@ -86,14 +96,14 @@ def run_jobs(
                 raise diverged
 
 
-def read_results(folder: Path, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+def read_results(folder: Path, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The results there are of each arm, by ascending seed; an arm without any is left out."""
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
-        for seed in seeds:
-            path = result_path(folder, Job(arm, seed, 0))
-            if path.exists():
-                found.setdefault(arm, []).append(read_json(path, f"the result of {arm}, seed {seed}"))
+        paths = (folder / "results").glob(f"{arm}.seed-*.json")
+        results = [read_json(path, f"a result of {arm}") for path in paths]
+        if results:
+            found[arm] = sorted(results, key=lambda result: result["seed"])
     return found
 
 

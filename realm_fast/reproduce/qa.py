@@ -67,7 +67,7 @@ def run_qa(
         ablations, folder = out / "ablations", out / "qa"
         run_arms(
             shared, plan, ablations, arms=[REALM], seeds=seeds, questions=dev,
-            report=lambda: write_tables(shared, plan, ablations, seeds),
+            report=lambda: write_tables(shared, plan, ablations, with_plot=False),
             stop_if_diverged=stop_if_diverged, progress=progress,
         )  # fmt: skip
         systems = {system.name: system for system in SYSTEMS}
@@ -85,15 +85,14 @@ def run_qa(
             shutil.rmtree(folder / "runs" / job.name / "finetune" / "checkpoints")
             shutil.rmtree(folder / "runs" / job.name / "finetune" / "snapshots")
 
-        def report() -> Path:
-            return write_table(shared, folder, seeds)
-
         jobs = [Job(s.name, seed, config.finetune.steps) for seed in range(seeds) for s in SYSTEMS]
         run_jobs(
-            folder, jobs, work, tidy=tidy, report=report, desc="question answering",
+            folder, jobs, work, tidy=tidy, desc="question answering",
+            report=lambda: write_table(shared, folder, with_plot=False),
             stop_if_diverged=stop_if_diverged, progress=progress,
         )  # fmt: skip
-        return report()
+        write_tables(shared, plan, ablations)
+        return write_table(shared, folder)
 
 
 def _settings(
@@ -140,9 +139,9 @@ def _flat(sets: list[dict[str, Any]]) -> dict[str, float | None]:
     return flat
 
 
-def write_table(shared: Shared, folder: Path, seeds: int) -> Path:
+def write_table(shared: Shared, folder: Path, *, with_plot: bool = True) -> Path:
     """table.md, table.json and plot.png of the results there are; returns the first."""
-    results = read_results(folder, [system.name for system in SYSTEMS], range(seeds))
+    results = read_results(folder, [system.name for system in SYSTEMS])
     systems = [system for system in SYSTEMS if system.name in results]
     done = [r["measured"] for found in results.values() for r in found if r["status"] == "done"]
     names = list(dict.fromkeys(name for measured in done for name in measured))
@@ -166,18 +165,19 @@ def write_table(shared: Shared, folder: Path, seeds: int) -> Path:
         },
     )
     shown = [place for place, count in questions.items() if place.endswith("/reachable") and count]
-    plot(
-        folder / "plot.png",
-        [system.title for system in systems],
-        [
-            (
-                f"EM, {place.replace('/', ', ')}, %",
-                [summaries[s.name]["metrics"][f"{place}/exact_match"] for s in systems],
-                1.0,
-            )
-            for place in shown or questions
-        ],
-    )
+    if with_plot:
+        plot(
+            folder / "plot.png",
+            [system.title for system in systems],
+            [
+                (
+                    f"EM, {place.replace('/', ', ')}, %",
+                    [summaries[s.name]["metrics"][f"{place}/exact_match"] for s in systems],
+                    1.0,
+                )
+                for place in shown or questions
+            ],
+        )
     lost = [
         f"- {system.title}, seed {one['seed']}: {one['error']}"
         for system in systems
