@@ -282,9 +282,9 @@ def test_hours_decide_the_steps_by_what_a_trial_measured(tmp_path, out, config, 
         shared.make_plan(moved, arm=REALM, seeds=3, hours=0.1, questions=questions)
     assert not (tmp_path / "plan.json").exists()
     plan = shared.make_plan(moved, arm=REALM, seeds=3, hours=5, questions=questions)
-    left_s = 0.95 * (5 * 3600 - plan["spent_s"]) / 30 - 14 * 10 - plan["measure_s"]
+    left_s = 0.95 * (5 * 3600 - plan["spent_s"]) / 30 - 8 * 10 - plan["measure_s"]
     assert plan["steps"] == int(left_s / 2)
-    assert plan["refresh_every_steps"] == plan["steps"] // 12
+    assert plan["refresh_every_steps"] == plan["steps"] // 6
     monkeypatch.setattr(shared, "_trial", None)  # what was planned is not planned again
     assert shared.make_plan(moved, arm=REALM, seeds=3, hours=9, questions=questions)["steps"] == plan["steps"]
 

@@ -20,7 +20,7 @@ from realm_fast.evaluate import parse_cutoffs
 from realm_fast.files import write_json
 from realm_fast.metrics import read_jsonl
 from realm_fast.reader import Reader
-from realm_fast.reproduce.arms import ABLATIONS, REALM, REFRESHES, Arm
+from realm_fast.reproduce.arms import ABLATIONS, REALM, Arm
 from realm_fast.reproduce.jobs import Job, read_results, run_jobs, took
 from realm_fast.reproduce.shared import Shared, check_questions, exclusively, make_plan, prepare
 from realm_fast.reproduce.table import (
@@ -196,6 +196,7 @@ def write_tables(shared: Shared, plan: dict[str, Any], folder: Path, *, with_plo
     stages = _stages(shared, summaries, arms)
     nearest = [f"{arm.title}: {arm.published.arm}" for arm in arms if arm.published and arm.published.arm]
     start = plan["start"]
+    refreshes = (plan["steps"] - 1) // plan["refresh_every_steps"]
     text = "\n".join(
         [
             "# Ablations",
@@ -209,7 +210,7 @@ def write_tables(shared: Shared, plan: dict[str, Any], folder: Path, *, with_plo
             "measured alike: salient spans of held-out documents, null block, no trivial candidate, token "
             "level. Beyond the spread: the means differ by more than both standard deviations together.",
             "",
-            f"An index 30x staler is that of the start throughout, as a run has {REFRESHES} refreshes. "
+            f"An index 30x staler is that of the start throughout, as a run has {refreshes} refreshes. "
             "The paper's figures are for NQ dev, after fine-tuning (EM) and zero-shot (R@5), with 13 million "
             f"blocks and 200,000 steps of 512; nearest arms there: {'; '.join(nearest) or 'the same'}.",
             *(_diverged(arms, summaries)),
