@@ -143,7 +143,7 @@ class Pretrainer:
         stop: StopRequest | None = None,
     ) -> None:
         self.run, self.config, self.progress = run, config, progress
-        self.stop = stop or StopRequest()
+        self.stop = StopRequest() if stop is None else stop  # an unset one is false
         self.folder = run.pretrain_dir
         self.checkpoints, self.snapshots = self.folder / "checkpoints", run.snapshots_dir
         checkpoint = newest_checkpoint(self.checkpoints)
