@@ -181,7 +181,9 @@ class Pretrainer:
 
         self.ict = self._ict_sampler()
         self.model = self._load_model(checkpoint).to(self.device)
-        trained = {"reader": (self.model.reader, config.pretrain.reader_lr)}
+        trained: dict[str, tuple[torch.nn.Module, float]] = {
+            "reader": (self.model.reader, config.pretrain.reader_lr)
+        }
         if config.pretrain.train_retriever:
             trained["embedder"] = (self.model.embedder, config.pretrain.embedder_lr)
         self.optimizer = build_optimizer(trained, weight_decay=config.pretrain.weight_decay)
