@@ -9,16 +9,17 @@ Letters: B queries, K candidates, M target tokens. g = gold_log_prob [B, K, M] =
 | `realm_loss` sequence | -log sum_z p_z exp(sum_m g_zm) | b | both | REALM, Guu et al. 2020 |
 | `rag_loss` token | -sum_m log sum_z p_z exp(g_zm) | b | both | RAG-Token, Lewis et al. 2020 |
 | `rag_loss` sequence | -log sum_z p_z exp(sum_m g_zm) | b | both | RAG-Sequence, the same |
-| `emdr2_retriever_loss` | -sum_m log sum_z p_z exp(sg(g_zm)) | b | retriever | EMDR2, Singh et al. 2021 |
-| `perplexity_distillation_loss` | KL(sg(softmax_z(mean_m g_zm / T)), p) | b | retriever | Atlas |
-| `loop_loss` | KL(sg(softmax_z(-mean_m g_without_zm / T)), p) | b | retriever | LOOP, Atlas |
-| `in_batch_contrastive_loss` | -log softmax_j(q_b . d_j)[positive] | b | embedder | DPR |
+| `emdr2_retriever_loss` token | -log sum_z p_z exp(sg(g_zm)) | m in c | retriever | EMDR2, the code |
+| `emdr2_retriever_loss` sequence | -log sum_z p_z exp(sum_m sg(g_zm)) | b | retriever | EMDR2 (Singh 2021) |
+| `perplexity_distillation_loss` | KL(sg(softmax_z(mean_m g_zm / T)), p) | b | retriever | Atlas (2022) |
+| `loop_loss` | KL(sg(softmax_z(-mean_m g_without_zm / T)), p) | b | retriever | LOOP: the same |
+| `in_batch_contrastive_loss` | -log softmax_j(q_b . d_j / T)[positive] | b | embedder | DPR, ICT |
 | `orqa_mml_loss` | logsumexp(s) - logsumexp(s of the correct) | b | both | ORQA, Lee et al. 2019 |
 | `retrieval_utility` | a measure: log p(y, all) - log p(y, null block) | m or b | nothing | REALM |
 
 Edge cases, shared: an absent slot (s = -inf) has probability 0, no gradient, and its g is never looked at; a
-query without a counted position counts nothing; if nothing counts, the loss is 0 with zero gradients;
-NaN in a value that counts makes the loss NaN.
+query without a counted position (a positive, a correct alternative) counts nothing and is never looked at;
+if nothing counts, the loss is 0 with zero gradients; NaN in a value that counts makes the loss NaN.
 """
 
 import torch
@@ -78,14 +79,20 @@ def rag_loss(
 
 
 def emdr2_retriever_loss(
-    gold_log_prob: Tensor, scores: Tensor, mask: Tensor | None = None, *, impl: str = "auto"
+    gold_log_prob: Tensor,
+    scores: Tensor,
+    mask: Tensor | None = None,
+    *,
+    level: Level = "token",
+    impl: str = "auto",
 ) -> Tensor:
-    """EMDR2's loss of the retriever: the token-level marginal under a frozen reader of single blocks.
+    """EMDR2's loss of the retriever: REALM's under a frozen reader of single blocks.
 
-    The reader learns from its own loss (all blocks together); here its likelihoods are constants. Arguments
-    as in `realm_loss`.
+    The reader learns from its own loss (all blocks together); here its likelihoods are constants. The paper
+    writes it for whole answers ("sequence"), the released code computes it token by token. Arguments as in
+    `realm_loss`.
     """
-    return rag_loss(gold_log_prob.detach(), scores, mask, level="token", impl=impl)
+    return realm_loss(gold_log_prob.detach(), scores, mask, level=level, impl=impl)
 
 
 def perplexity_distillation_loss(
@@ -152,6 +159,7 @@ def in_batch_contrastive_loss(
         raise ValueError(f"positives: expected values in [-1, {blocks}), got {positives.tolist()}")
     counted = positives >= 0
     acc = accumulation_dtype(query_emb)
+    query_emb = query_emb.masked_fill(~counted[:, None], 0)  # whatever stands in rows that do not count
     scores = (query_emb @ block_emb.t()).to(acc) / temperature  # [B, J]
     if blocks == 0:
         return scores.sum()  # no query can have a positive

@@ -77,11 +77,16 @@ def test_realm_and_rag(batch, impl):
 
 def test_emdr2_trains_the_retriever_only(batch):
     gold, scores, mask = batch
-    loss = emdr2_retriever_loss(gold, scores, mask)
-    assert loss.item() == pytest.approx(rag_loss(gold, scores, mask).item())
-    d_gold, d_scores = torch.autograd.grad(loss, (gold, scores), allow_unused=True)
-    assert d_gold is None
-    torch.testing.assert_close(d_scores, torch.autograd.grad(rag_loss(gold, scores, mask), scores)[0])
+    expected = marginals(gold, scores, mask)
+    tokens = [value for token, _ in expected.values() for value in token]
+    sequences = [sequence for _, sequence in expected.values()]
+    for level, values in (("token", tokens), ("sequence", sequences)):
+        loss = emdr2_retriever_loss(gold, scores, mask, level=level)
+        assert loss.item() == pytest.approx(-sum(values) / len(values))
+        d_gold, d_scores = torch.autograd.grad(loss, (gold, scores), allow_unused=True)
+        assert d_gold is None
+        whole = realm_loss(gold, scores, mask, level=level)  # in which the reader learns, too
+        torch.testing.assert_close(d_scores, torch.autograd.grad(whole, scores)[0])
 
 
 @pytest.mark.parametrize(
@@ -144,6 +149,13 @@ def test_in_batch_contrastive():
     assert torch.autograd.gradcheck(
         lambda q, d: in_batch_contrastive_loss(q, d, positives), (queries, blocks)
     )
+    poisoned = queries.detach().clone()
+    poisoned[1] = NAN  # a query that does not count is never looked at
+    again = in_batch_contrastive_loss(poisoned.requires_grad_(), blocks, positives, temperature=0.5)
+    assert torch.equal(again, loss)
+    for gradient in torch.autograd.grad(again, (poisoned, blocks)):
+        assert gradient.isfinite().all()
+    assert in_batch_contrastive_loss(poisoned, blocks).isnan()
     assert in_batch_contrastive_loss(queries, blocks, torch.full((3,), -1)) == 0
     assert in_batch_contrastive_loss(queries[:0], blocks) == 0
 
@@ -163,6 +175,14 @@ def test_orqa_mml():
     assert (gradient[1:] == 0).all()
     assert gradient[0, 3] == 0
     assert gradient[0, 1] > 0 > gradient[0, 2]
+    poisoned = scores.detach().clone()
+    poisoned[1, 2] = NAN  # a query without a correct alternative is never looked at
+    again = orqa_mml_loss(poisoned.requires_grad_(), correct)
+    assert torch.equal(again, loss)
+    assert torch.equal(torch.autograd.grad(again, poisoned)[0], gradient)
+    poisoned.data[0, 1] = NAN
+    assert orqa_mml_loss(poisoned, correct).isnan()
+    assert torch.autograd.gradcheck(lambda s: orqa_mml_loss(s, correct[:2, :3]), (scores[:2, :3],))
     everything = torch.ones(3, 4, dtype=torch.bool)
     assert orqa_mml_loss(scores, everything).item() == pytest.approx(0.0)
     assert orqa_mml_loss(scores, ~everything) == 0

@@ -1,8 +1,8 @@
 // The CPU kernel, written once over the vectors of simd.h and compiled once for each level.
 #pragma once
 
-#include "embed_epilogue/embed_epilogue.h"
 #include "core/simd.h"
+#include "embed_epilogue/embed_epilogue.h"
 
 namespace realm_fast {
 namespace {

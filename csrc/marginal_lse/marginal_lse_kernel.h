@@ -1,8 +1,8 @@
 // The CPU kernels, written once over the vectors of simd.h and compiled once for each level.
 #pragma once
 
-#include "marginal_lse/marginal_lse.h"
 #include "core/simd.h"
+#include "marginal_lse/marginal_lse.h"
 
 namespace realm_fast {
 namespace {

@@ -11,7 +11,8 @@
 The work is in `linear_gold` (gold_log_prob from hidden, forward and backward); the marginal over it is
 small and an op of its own, so any upstream gradient, and so any reduction or objective, is exact. Rows
 whose position is ignored or whose slot is absent, and in the backward pass rows with a zero gradient, are
-left out before anything is multiplied.
+left out before anything is multiplied. A scalar loss on the CPU runs the same kernels over chunks of rows,
+forward and backward while the logits of a chunk are there (docs/adr/0010-one-pass-for-a-scalar-loss.md).
 """
 
 from typing import NamedTuple, NoReturn
@@ -143,11 +144,12 @@ def linear_marginal_cross_entropy(
             none), "sum", or "none" ([B, M] or [B]; 0 where ignored).
         impl: "auto", "cpu" (native, fused), "cuda" (cuBLAS and native kernels), "blas" (torch's products by
             chunks) or "reference" (plain torch, holds the logits).
-        chunk_bytes: memory for a chunk of logits and what goes with it; None: 8 MiB on the CPU, 256 MiB on
-            CUDA.
+        chunk_bytes: memory for a chunk of logits and what goes with it; None: 256 MiB on CUDA, 8 MiB on the
+            CPU; where gradients are made along with a scalar loss (see below), 2 MiB and the logits of an
+            eighth of the rows that count, or of 8 MiB if that is more. Packed rows of hidden come on top.
         keep_logits_bytes: memory for logits that the forward pass leaves to the backward pass, which
-            recomputes the others ("cpu" only; the same results). With R rows that count, 0 costs 8 R H V
-            FLOPs and the least memory; 4 R V bytes and a little more, 6 R H V FLOPs.
+            recomputes the others ("cpu" only; the same results). Of two passes over R rows that count, 0
+            costs 8 R H V FLOPs and the least memory; 4 R V bytes and a little more, 6 R H V FLOPs.
         drop_responsibility_below: rows with a smaller responsibility get no gradient through hidden, weight
             and bias, and cost nothing in the backward pass; the mass dropped is in the stats. 0 drops none.
         return_stats: also return `MarginalStats`: detached by-products of the same pass.
@@ -163,6 +165,12 @@ def linear_marginal_cross_entropy(
     NaN or Inf in a row of hidden that counts, in weight or in bias, and NaN, +inf or nothing but -inf in a
     query's retrieval_scores, make the losses they enter NaN, and the gradients of these; they never become
     a number. (-inf in bias is a word of probability 0.)
+
+    On the CPU, outside torch.compile, a scalar loss of float32 or float64 tensors makes its gradients in
+    the forward pass, while the logits are there: 6 R H V FLOPs. The budget must hold the largest group: a
+    position ("token") or a query ("sequence") with all its candidates; neither keep_logits_bytes nor
+    drop_responsibility_below may be set. The backward pass scales the gradients. So evaluation should run
+    under torch.no_grad(): else it pays for gradients that nobody asks for.
 
     Source: REALM (Guu et al. 2020) section 3; the gradients in docs/ops/linear_marginal_ce.md.
     """
@@ -184,7 +192,8 @@ def linear_marginal_cross_entropy(
     mask = labels != ignore_index  # [B, M]
     dropped_mass = hidden.new_zeros((), dtype=accumulation_dtype(compute))
     present = ~torch.isneginf(retrieval_scores)[..., None]  # [B, K, 1]
-    row_labels = torch.where(mask[:, None] & present, labels[:, None], NOT_COUNTED)  # [B, K, M]
+    given = labels.clamp(min=NOT_COUNTED + 1)  # NOT_COUNTED given as a label is out of range like others
+    row_labels = torch.where(mask[:, None] & present, given[:, None], NOT_COUNTED)  # [B, K, M]
     plan = None
     if chosen == "cpu" and reduction != "none" and keep_logits_bytes == 0 and drop_responsibility_below == 0:
         plan = _plan_one_pass(hidden, weight, bias, row_labels, level, reduction, compute, chunk_bytes)
@@ -195,7 +204,7 @@ def linear_marginal_cross_entropy(
         )
     else:
         if chosen == "reference":
-            _check_labels(torch.where(mask, labels, NOT_COUNTED), weight.shape[0])
+            _check_labels(torch.where(mask, given, NOT_COUNTED), weight.shape[0])
             gold, candidate, _ = reference_terms(hidden, weight, bias, labels, retrieval_scores, ignore_index)
         else:
             learns = any(t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -328,9 +337,18 @@ def _every_row(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _empty_kept(hidden: Tensor, weight: Tensor, compute: torch.dtype, keep_bytes: int) -> Tensor:
     """Room for the logits that are kept, as bytes: keep_bytes, or what all of them need."""
-    rows, vocab = hidden.shape[0] + _ROW_PADDING, weight.shape[0] + _VOCAB_GROUP
-    everything = rows * vocab * accumulation_dtype(compute).itemsize
+    everything = _kept_bytes(hidden.shape[0], weight.shape[0], accumulation_dtype(compute))
     return hidden.new_empty(min(keep_bytes, everything), dtype=torch.uint8)
+
+
+def _kept_bytes(rows: int, vocab: int, acc: torch.dtype) -> int:
+    """What all logits of so many rows need."""
+    return _padded(rows) * -(-vocab // _VOCAB_GROUP) * _VOCAB_GROUP * acc.itemsize
+
+
+def _padded(count: int) -> int:
+    """Rows, or columns, as the native kernels may round them up."""
+    return -(-count // _ROW_PADDING) * _ROW_PADDING
 
 
 def _huge_pages(fresh: Tensor) -> Tensor:
@@ -518,8 +536,8 @@ def _panel_rows(compute) -> int:
 
 def _add_kept(arguments, kept: Tensor, compute) -> None:
     """How much of the vocabulary the kept logits cover: whole groups of it."""
-    one_entry = (arguments["num_rows"] + _ROW_PADDING) * accumulation_dtype(compute).itemsize
-    groups = min(kept.numel() // (one_entry * _VOCAB_GROUP), -(-arguments["vocab"] // _VOCAB_GROUP))
+    one_group = _kept_bytes(arguments["num_rows"], _VOCAB_GROUP, accumulation_dtype(compute))
+    groups = min(kept.numel() // one_group, -(-arguments["vocab"] // _VOCAB_GROUP))
     arguments |= {"kept": kept.data_ptr() if groups else 0, "keep_vocab": groups * _VOCAB_GROUP}
 
 
@@ -547,7 +565,7 @@ def _entry_bytes(rows: int, width: int, compute: torch.dtype) -> int:
     """One vocabulary entry of a chunk: its d logits (bfloat16: in two layouts), its packed row of weight."""
     acc = accumulation_dtype(compute)
     item = 2 if compute == torch.bfloat16 else acc.itemsize
-    return (rows + _ROW_PADDING) * acc.itemsize + (width + _ROW_PADDING) * item
+    return _padded(rows) * acc.itemsize + _padded(width) * item
 
 
 def chunk_vocab(chunk_bytes: int, row_bytes: int, vocab: int) -> int:
@@ -580,33 +598,37 @@ def _plan_one_pass(hidden, weight, bias, row_labels, level, reduction, compute, 
     """The plan, or None where two passes are right or leaner.
 
     The upstream gradient scales finished gradients, so they must be of the accumulation dtype; and the budget
-    must hold the logits of the largest group: of `chunk_bytes` three quarters, or else those of an eighth of
+    must hold the logits of the largest group: three quarters of `chunk_bytes`, or else those of an eighth of
     the rows, a sixteenth of what plain torch holds.
     """
+    tensors = [t for t in (hidden, weight, bias) if t is not None]
     needs = tuple(t is not None and t.requires_grad for t in (hidden, weight, bias))
     acc = accumulation_dtype(compute)
     if (
         not any(needs)
         or not torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or any(t is not None and t.dtype != acc for t in (hidden, weight, bias))
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)  # theirs go through the ops
+        or any(t.dtype != acc for t in tensors)
         or (compute == torch.bfloat16 and _native.linear_gold_has_bf16())
     ):
         return None
     sizes = _group_sizes(row_labels != NOT_COUNTED, level)
     largest, total = (int(sizes.max()), int(sizes.sum())) if sizes.numel() else (0, 0)
     vocab, width = weight.shape
-    row_bytes = acc.itemsize * (vocab + _VOCAB_GROUP)  # of logits
+    row_bytes = _kept_bytes(_ROW_PADDING, vocab, acc) // _ROW_PADDING  # of logits
     if chunk_bytes is None:
         rows, vocab_bytes = max(total // 8, CPU_CHUNK_BYTES // row_bytes), CPU_CHUNK_BYTES // 4
     else:
         rows, vocab_bytes = chunk_bytes * 3 // 4 // row_bytes, chunk_bytes // 4
-    rows = min(rows, total)
+    rows = min(total, rows // _ROW_PADDING * _ROW_PADDING)
     if not 0 < largest <= rows or vocab_bytes < _VOCAB_GROUP * _entry_bytes(rows, width, compute):
         return None
-    panel = _panel_rows(compute)
-    whole_panels = rows if rows == total else rows // panel * panel
-    return _OnePass(level, reduction, compute, max(whole_panels, largest), vocab_bytes, needs)
+    # Whole panels multiply fastest; many more chunks, each of which reads all of weight, would cost more.
+    panels = rows // _panel_rows(compute) * _panel_rows(compute)
+    if rows < total and panels >= max(largest, rows * 3 / 4):
+        rows = panels
+    return _OnePass(level, reduction, compute, rows, vocab_bytes, needs)
 
 
 def _group_sizes(counted: Tensor, level: Level) -> Tensor:
@@ -642,7 +664,7 @@ def _loss_and_gradients(hidden, weight, bias, candidate, row_labels, mask, plan:
         _huge_pages(torch.empty_like(t, memory_format=torch.contiguous_format)) if needed else None
         for t, needed in ((weight, needs_weight), (bias, needs_bias))
     )
-    kept_bytes = (plan.rows + _ROW_PADDING) * (weight.shape[0] + _VOCAB_GROUP) * acc.itemsize
+    kept_bytes = _kept_bytes(plan.rows, weight.shape[0], acc)
     kept = _huge_pages(hidden.new_empty(kept_bytes, dtype=torch.uint8))
     gold = hidden.new_zeros(row_labels.shape, dtype=acc)
     d_marginal: Tensor | None = None

@@ -370,6 +370,17 @@ def test_kept_logits_change_nothing(cpu_level, dtype):
         )
         assert torch.equal(loss, expected[0])
         assert all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
+    # A scalar loss is not always computed in two passes: then its gradients are rounded in another order.
+    for reduction in ("mean", "sum"):
+        options = {"impl": "cpu", "reduction": reduction}
+        plain = loss_and_gradients(rf.linear_marginal_cross_entropy, inputs, **options)
+        loss, gradients = loss_and_gradients(
+            rf.linear_marginal_cross_entropy, inputs, keep_logits_bytes=everything, **options
+        )
+        assert torch.equal(loss, plain[0])
+        rtol, atol = {torch.float64: (1e-10, 1e-13), torch.float32: (1e-4, 1e-5)}.get(dtype, (0, 0))
+        for a, b in zip(gradients, plain[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def test_kept_logits_are_not_read_for_other_rows_or_at_another_level():
@@ -527,12 +538,25 @@ def test_views_and_other_ignore_indices():
 
 
 @pytest.mark.parametrize("impl", ["cpu", "blas", "reference"])
-@pytest.mark.parametrize("bad", [61, -1, 10**12])
+@pytest.mark.parametrize("bad", [61, -1, 10**12, -(10**12)])
 def test_labels_out_of_range(impl, bad):
     hidden, weight, bias, labels, scores = make(dtype=torch.float32)
     labels[0, 0] = bad
     with pytest.raises(ValueError, match=rf"labels: expected values in \[0, 61\) or ignore_index, got {bad}"):
         rf.linear_marginal_cross_entropy(hidden, weight, bias, labels, scores, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "blas", "reference"])
+def test_the_mark_of_rows_that_do_not_count_is_no_label(impl):
+    hidden, weight, bias, labels, scores = make(dtype=torch.float32)
+    expected = rf.linear_marginal_cross_entropy(hidden, weight, bias, labels, scores, impl=impl)
+    marked = labels.masked_fill(labels == -100, NOT_COUNTED)
+    with pytest.raises(ValueError, match="labels: expected values in"):
+        rf.linear_marginal_cross_entropy(hidden, weight, bias, marked, scores, impl=impl)
+    loss = rf.linear_marginal_cross_entropy(
+        hidden, weight, bias, marked, scores, ignore_index=NOT_COUNTED, impl=impl
+    )
+    assert torch.equal(loss, expected)
 
 
 def test_bad_input_is_named():
@@ -561,6 +585,16 @@ def test_bad_input_is_named():
         call(hidden, weight[:0], None, labels, scores)
     with pytest.raises(ValueError, match="reduction: expected one of"):
         call(hidden, weight, bias, labels, scores, reduction="average")
+    with pytest.raises(ValueError, match="level: expected one of 'token', 'sequence'"):
+        call(hidden, weight, bias, labels, scores, level="word")
+    with pytest.raises(TypeError, match=r"retrieval_scores: expected \[3, 4\] .*, got .* int64"):
+        call(hidden, weight, bias, labels, scores.nan_to_num(neginf=0).long())
+    with pytest.raises(ValueError, match="chunk_bytes: expected an int >= 1, got 0"):
+        call(hidden, weight, bias, labels, scores, chunk_bytes=0)
+    with pytest.raises(TypeError, match="chunk_bytes: expected an int"):
+        call(hidden, weight, bias, labels, scores, chunk_bytes=1e6)
+    with pytest.raises(ValueError, match="keep_logits_bytes: expected an int >= 0, got -1"):
+        call(hidden, weight, bias, labels, scores, keep_logits_bytes=-1)
     with pytest.raises(ValueError, match=r"drop_responsibility_below: expected 0 <= x < 1, got 1.5"):
         call(hidden, weight, bias, labels, scores, drop_responsibility_below=1.5)
     with pytest.raises(
