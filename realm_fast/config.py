@@ -244,6 +244,16 @@ class FinetuneConfig:
         "nq.dev,trivia.dev", "question sets to train on: packaged names or files, comma-separated"
     )
     limit_questions: int = setting(0, "of each set (0: all)", minimum=0)
+    dev_questions: str = setting(
+        "",
+        "question sets to evaluate on meanwhile; the checkpoint best on them is what answers (empty: none)",
+    )
+    limit_dev_questions: int = setting(0, "of each set in dev_questions (0: all)", minimum=0)
+    dev_share: float = setting(
+        0.0, "or this share of the training questions, chosen by the seed (0: none)", minimum=0.0, maximum=0.9
+    )
+    evaluate_every_steps: int = setting(100, "on the dev questions, and at the end", minimum=1)
+    patience: int = setting(0, "stop after so many evaluations without gain (0: never)", minimum=0)
     retriever: Literal["embedder", "bm25"] = setting(
         "embedder",
         "where the blocks come from; bm25 (a baseline): from word statistics, and only the reader learns",

@@ -1,6 +1,7 @@
 """The models of a run that questions are answered with: which checkpoint, and the index that belongs to it.
 
-    "finetune"   the newest fine-tuned checkpoint: question embedder, span reader, and their index
+    "finetune"   the fine-tuned checkpoint that did best on the dev questions, the newest where there were
+                 none: question embedder, span reader, and their index
     "pretrain"   the newest pre-training checkpoint: retrieval alone
     "ict"        the embedder that the inverse cloze task made: retrieval alone
     "start"      what the configuration's trunks are before any training in this run: retrieval alone
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from realm_fast.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from realm_fast.checkpoint import Checkpoint, checkpoint_name, newest_checkpoint, read_checkpoint
 from realm_fast.config import Config
 from realm_fast.device import resolve_device
 from realm_fast.embedder import Embedder
@@ -156,6 +157,14 @@ def index_of(
     return target
 
 
+def best_checkpoint(newest: Checkpoint) -> Checkpoint:
+    """The one that did best on the dev questions, as the newest knows; itself where there were none."""
+    best_step = newest.state.get("early_stopping", {}).get("best_step")
+    if best_step is None:
+        return newest
+    return read_checkpoint(newest.path.with_name(checkpoint_name(best_step)))
+
+
 def load_qa_model(
     run: RunFolder,
     config: Config,
@@ -191,7 +200,7 @@ def load_qa_model(
             if checkpoint in ("auto", candidate):
                 found = newest_checkpoint(run.path / candidate / "checkpoints")
                 if found is not None:
-                    stage = candidate
+                    found, stage = best_checkpoint(found), candidate
                     break
         if found is None and checkpoint in ("finetune", "pretrain", "ict"):
             raise DataError(

@@ -6,7 +6,8 @@ RUN/stages.jsonl           one line a finished stage: time, memory, command
 RUN/ict/, RUN/warmup/      metrics.jsonl, evaluations.jsonl, checkpoints/, tensorboard/
 RUN/pretrain/              metrics.jsonl, refreshes.jsonl, evaluations.jsonl, illustrations.json,
                                checkpoints/, snapshots/, refresher/, tensorboard/
-RUN/finetune/              metrics.jsonl, checkpoints/, tensorboard/
+RUN/finetune/              metrics.jsonl, evaluations.jsonl, trainable.json, dev.json,
+                               checkpoints/, snapshots/, tensorboard/
 RUN/evaluate/              results.json, predictions.jsonl
 RUN/corpora/               indexes of other corpora that questions were answered from
 RUN/report.html

@@ -29,7 +29,7 @@ LAYERS = [
     ["refresh", "explain", "start", "stage", "qa_model"],
     ["refresher", "residence"],
     ["evaluate"],
-    ["probe"],
+    ["probe", "early_stopping"],
     ["ict", "warmup", "train", "finetune", "answer"],
     ["reproduce"],
     ["report", "bench"],

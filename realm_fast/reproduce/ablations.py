@@ -136,9 +136,8 @@ def run_arms(
 
     def tidy(job: Job) -> None:
         if by_name[job.arm] is not REALM:  # whose models the QA table starts from; metrics stay in any case
-            run = RunFolder(folder / "runs" / job.name)
-            shutil.rmtree(run.pretrain_dir / "checkpoints")
-            shutil.rmtree(run.snapshots_dir)
+            for name in ("checkpoints", "snapshots"):
+                shutil.rmtree(folder / "runs" / job.name / "pretrain" / name, ignore_errors=True)
 
     jobs = [Job(arm.name, seed, plan["steps"]) for seed in range(seeds) for arm in arms]
     run_jobs(

@@ -49,7 +49,8 @@ def run_jobs(
         folder: results go to FOLDER/results.
         work: does one job, from wherever it was left; is given a function to call with each step made;
             returns what to keep.
-        tidy: called after a job's result is on disk, unless it diverged: what is no longer needed can go.
+        tidy: called once a job's result is on disk, unless it diverged: what is no longer needed can go.
+            Called again with every job done before, as a kill may have come before it was through.
         report: called after every job, so that what is there can be read at any time.
         desc: on the bar, which goes over the steps of all jobs.
         stop_if_diverged: end at the first job that diverges instead of recording it and going on.
@@ -64,11 +65,15 @@ def run_jobs(
         path = result_path(folder, job)
         if not path.exists():
             pending.append(job)
-        elif (made := read_json(path, "a result")["steps"]) != job.steps:
+            continue
+        record = read_json(path, "a result")
+        if record["steps"] != job.steps:
             raise ConfigError(
-                f"{path}: is of a run of {made} steps, now {job.steps} are planned; delete {folder} to begin "
-                "anew, or name another --out."
+                f"{path}: is of a run of {record['steps']} steps, now {job.steps} are planned; delete "
+                f"{folder} to begin anew, or name another --out."
             )
+        if record["status"] == "done":
+            tidy(job)
     total = sum(job.steps for job in jobs)
     first = total - sum(job.steps for job in pending)
     with bar(total=total, initial=first, desc=desc, unit="step", enabled=progress) as shown:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from realm_fast.checkpoint import Checkpoint, newest_checkpoint
-from realm_fast.config import Config, apply_overrides
+from realm_fast.config import Config, FinetuneConfig, apply_overrides
+from realm_fast.early_stopping import split_dev
 from realm_fast.errors import DataError, TrainingDivergedError
 from realm_fast.evaluate import evaluate, parse_cutoffs
 from realm_fast.files import read_json, write_json
 from realm_fast.finetune import finetune
+from realm_fast.questions import load_questions
 from realm_fast.reproduce.ablations import run_arms, write_tables
 from realm_fast.reproduce.arms import PUBLISHED_QA, REALM, REALM_QA, SYSTEMS, System
 from realm_fast.reproduce.jobs import Job, read_results, result_path, run_jobs, took
@@ -59,6 +61,7 @@ def run_qa(
     import_pyplot()  # its absence should show before hours of work
     check_questions(config.finetune.questions, config.evaluate.limit_questions)
     check_questions(config.evaluate.questions, config.evaluate.limit_questions)
+    split_dev(load_questions(config.finetune.questions, limit=config.finetune.limit_questions), config)
     shared = prepare(out, config, corpus=corpus, progress=progress)
     with exclusively(out):
         dev = shared.questions(config.finetune.questions, progress=progress)
@@ -77,13 +80,17 @@ def run_qa(
             settings = _settings(shared, ablations, system, job, plan["steps"], test)
             run = RunFolder.open_or_create(folder / "runs" / job.name, settings, shared.store)
             resume = newest_checkpoint(run.finetune_dir / "checkpoints") is not None
-            finetune(run, settings, resume=resume, on_step=on_step)
+            tuned = finetune(run, settings, resume=resume, on_step=on_step)
             found = evaluate(run, settings)
-            return {"measured": _flat(found["sets"]), **took(run, "finetune", "evaluate")}
+            return {
+                "measured": _flat(found["sets"]),
+                "best_step": tuned.best_step,
+                **took(run, "finetune", "evaluate"),
+            }
 
         def tidy(job: Job) -> None:
-            shutil.rmtree(folder / "runs" / job.name / "finetune" / "checkpoints")
-            shutil.rmtree(folder / "runs" / job.name / "finetune" / "snapshots")
+            for name in ("checkpoints", "snapshots"):
+                shutil.rmtree(folder / "runs" / job.name / "finetune" / name, ignore_errors=True)
 
         jobs = [Job(s.name, seed, config.finetune.steps) for seed in range(seeds) for s in SYSTEMS]
         run_jobs(
@@ -143,6 +150,9 @@ def write_table(shared: Shared, folder: Path, *, with_plot: bool = True) -> Path
     """table.md, table.json and plot.png of the results there are; returns the first."""
     results = read_results(folder, [system.name for system in SYSTEMS])
     systems = [system for system in SYSTEMS if system.name in results]
+    best_steps = {
+        name: [r["best_step"] for r in found if r["status"] == "done"] for name, found in results.items()
+    }
     done = [r["measured"] for found in results.values() for r in found if r["status"] == "done"]
     names = list(dict.fromkeys(name for measured in done for name in measured))
     summaries = {system.name: summarise(results[system.name], names) for system in systems}
@@ -159,13 +169,19 @@ def write_table(shared: Shared, folder: Path, *, with_plot: bool = True) -> Path
             "machine": describe_machine(),
             "corpus": {"blocks": len(shared.store), "hash": shared.store.corpus_hash},
             "systems": {
-                s.name: {"title": s.title, "changes": s.changes, **summaries[s.name]} for s in systems
+                s.name: {
+                    "title": s.title,
+                    "changes": s.changes,
+                    "best_steps": best_steps[s.name],
+                    **summaries[s.name],
+                }
+                for s in systems
             },
             "stages": stages,
         },
     )
     shown = [place for place, count in questions.items() if place.endswith("/reachable") and count]
-    if with_plot:
+    if with_plot and done:
         plot(
             folder / "plot.png",
             [system.title for system in systems],
@@ -189,17 +205,26 @@ def write_table(shared: Shared, folder: Path, *, with_plot: bool = True) -> Path
         "# Question answering",
         *(_set_table(place, count, systems, summaries, cutoffs) for place, count in questions.items()),
         f"{tuning.steps} fine-tuning steps of {tuning.batch_questions} questions; {len(shared.store):,} "
-        "blocks. Mean ± standard deviation over seeds. Recall: percent with an answer string in the best "
-        "blocks; reachable: an answer string is in the BM25 top blocks or in those of the embedder before "
-        "any training. Beyond the spread: the means differ by more than both standard deviations together. "
-        "The paper's figures are for 13 million blocks and BERT-base.",
+        f"blocks. {_answering(tuning, systems, best_steps)} Mean ± standard deviation over seeds. Recall: "
+        "percent with an answer string in the best blocks; reachable: an answer string is in the BM25 top "
+        "blocks or in those of the embedder before any training. Beyond the spread: the means differ by more "
+        "than both standard deviations together. The paper's figures are for 13 million blocks and "
+        "BERT-base.",
         *(["Diverged, and in no mean:", "\n".join(lost)] if lost else []),
-        "![Mean and spread of every system](plot.png)",
+        *(["![Mean and spread of every system](plot.png)"] if done else []),
         "## What each took",
         markdown(["system", "s", "peak memory, MB"], stage_rows(stages)),
     ]
     write_text(folder / "table.md", "\n\n".join(parts) + "\n")
     return folder / "table.md"
+
+
+def _answering(tuning: FinetuneConfig, systems: list[System], best_steps: dict[str, list[int]]) -> str:
+    """Which step of each run is the one measured."""
+    if not (tuning.dev_questions or tuning.dev_share):
+        return "The last one answers."
+    steps = [f"{s.title} {', '.join(map(str, best_steps[s.name])) or 'none'}" for s in systems]
+    return f"The one that did best on dev answers, seed by seed: {'; '.join(steps)}."
 
 
 def _set_table(

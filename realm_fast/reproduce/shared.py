@@ -34,6 +34,7 @@ from realm_fast.probe import Probe
 from realm_fast.qa_model import index_of
 from realm_fast.questions import load_questions, save_questions
 from realm_fast.reader import Reader
+from realm_fast.reading import questions_hash
 from realm_fast.reproduce.arms import ABLATIONS, REFRESHES, Arm
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import open_snapshot
@@ -68,9 +69,9 @@ class Shared:
         limit = self.config.evaluate.limit_questions
         files = []
         for spec in (part.strip() for part in specs.split(",") if part.strip()):
-            folder = self.out / "questions" / (f"first-{limit}" if limit else "all")
             name = Path(spec).stem if Path(spec).exists() else spec
-            file = folder / f"{name}.jsonl"
+            asked = questions_hash(load_questions(spec, limit=limit))  # files may share a name, and change
+            file = self.out / "questions" / asked[:16] / f"{name}.jsonl"
             if not file.exists():
                 only = apply_overrides(self.config, [f"evaluate.questions={spec}"])
                 (found,) = question_sets(self.start, only, self.store, progress=progress)
@@ -190,10 +191,16 @@ def make_plan(shared: Shared, *, arm: Arm, seeds: int, hours: float | None, ques
 
     Raises:
         ConfigError: the plan there is was made for other settings.
+        DataError: there are runs, but the plan that they followed is gone.
         UserError: the hours are too few.
     """
     path = shared.out / "plan.json"
-    identity = identity_of(shared.config, SECTIONS, corpus_hash=shared.store.corpus_hash)
+    identity = identity_of(
+        shared.config,
+        SECTIONS,
+        corpus_hash=shared.store.corpus_hash,
+        questions_hash=questions_hash(load_questions(questions)),  # a file may change under its name
+    )
     if path.exists():
         plan = read_json(path, "the plan")
         differing = [
@@ -209,6 +216,12 @@ def make_plan(shared: Shared, *, arm: Arm, seeds: int, hours: float | None, ques
             ]
             raise ConfigError("\n".join(lines))
         return plan
+    for folder in (shared.out / "ablations", shared.out / "qa"):
+        if folder.exists():
+            raise DataError(
+                f"{path}: is gone, but {folder} holds runs that were made by it; delete them to plan anew, "
+                "or name another --out."
+            )
     begin, runs = time.monotonic(), seeds * len(ABLATIONS)
     started = starting_models(shared.start, shared.config, shared.store)
     start = shared.measure(shared.start, started.embedder, started.reader, step=0, questions=questions)
