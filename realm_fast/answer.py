@@ -102,7 +102,7 @@ def answer_with(model: QaModel, question: str, *, top: int, reader_beam: int) ->
     if not len(tokens):
         raise UserError("question: it has no words")
     emb = embed_questions(model.embedder, [tokens])  # [1, D]
-    beam = retrieve(model.index, emb, max(top, reader_beam), temperature=model.settings.score_temperature)
+    beam = model.beam([question], emb, max(top, reader_beam))
     if model.span_reader is None:
         return [
             Answer(

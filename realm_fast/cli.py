@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from realm_fast.errors import Interrupted, RealmFastError, UserError
 
@@ -217,6 +217,37 @@ def make_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--fresh", action="store_true", help="start over instead of going on where it stopped")
 
+    reproduce = group(
+        "reproduce", "REALM's tables again, at the scale of this machine: resumable, several seeds"
+    )
+    for name, run_it, help in (
+        (
+            "ablations",
+            _reproduce_ablations,
+            "joint pre-training against itself with one thing changed: a table, a plot",
+        ),
+        ("qa", _reproduce_qa, "question answering beside its baselines: a table, a plot"),
+    ):
+        sub = add(name, run_it, help, to=reproduce, with_settings=True)
+        sub.add_argument(
+            "--out", metavar="FOLDER",
+            help="where everything goes (default runs/reproduce, with --quick runs/reproduce-quick); "
+            "what is done there is not done again",
+        )  # fmt: skip
+        sub.add_argument("--corpus", metavar="CORPUS", help="a token store (default: one is built in FOLDER)")
+        sub.add_argument("--seeds", type=int, help="how many seeds (default 3; with --quick 2)")
+        sub.add_argument(
+            "--hours", type=float,
+            help="time for all joint training, warm start included: decides the steps (default 3)",
+        )  # fmt: skip
+        sub.add_argument("--steps", type=int, help="joint steps of a run, instead of --hours")
+        sub.add_argument("--quick", action="store_true", help="tiny settings: a few minutes, same code")
+        sub.add_argument(
+            "--stop-if-diverged", action="store_true", help="end at a run that diverges; else it is recorded"
+        )
+        if name == "ablations":
+            sub.add_argument("--arms", metavar="A,B", help="only these arms (their names: docs/recipes.md)")
+
     sub = add("bench", _bench, "measure a kernel beside this machine's limit and its peers")
     sub.add_argument("what", choices=["roofline", "mips", "marginal", "epilogue", "refresh"])
     sub.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try --help")
@@ -244,29 +275,14 @@ def _load_config(arguments: argparse.Namespace, base: "Config | None" = None, **
 
 
 def _corpus_build(arguments: argparse.Namespace) -> None:
-    from realm_fast.corpus import build_corpus
-    from realm_fast.masking import prepare_spans, spans_path
-    from realm_fast.run_folder import corpus_stages_path, record_stage
+    from realm_fast.prepare import prepare_corpus
 
     config = _load_config(arguments, corpus__source=arguments.source)
     out = Path(arguments.out)
-    notes = corpus_stages_path(out)
-    if out.exists():
-        store = build_corpus(config.corpus, out, progress=True)
-    else:
-        with record_stage(notes, "corpus") as details:
-            store = build_corpus(config.corpus, out, progress=True)
-            details |= {"blocks": len(store)}
+    store, spans = prepare_corpus(config, out, with_spans=not arguments.no_spans, progress=True)
     print(f"{out}: {len(store):,} blocks, corpus {store.corpus_hash[:16]}")
-    if arguments.no_spans or config.masking.strategy != "salient_span":
-        return
-    if spans_path(store, config.masking.entity_tagger).exists():
-        spans = prepare_spans(store, config.masking, progress=True)
-    else:
-        with record_stage(notes, "salient spans") as details:
-            spans = prepare_spans(store, config.masking, progress=True)
-            details |= {"spans": spans.num_spans}
-    print(f"{spans.path}: {spans.num_spans:,} salient spans ({spans.tagger})")
+    if spans is not None:
+        print(f"{spans.path}: {spans.num_spans:,} salient spans ({spans.tagger})")
 
 
 def _corpus_info(arguments: argparse.Namespace) -> None:
@@ -433,6 +449,51 @@ def _demo(arguments: argparse.Namespace) -> None:
         config_path=arguments.config,
         overrides=arguments.overrides,
     )
+
+
+def _reproduction(arguments: argparse.Namespace) -> "tuple[Path, Config, dict[str, Any]]":
+    """Folder, recipe and what else both tables take."""
+    import importlib.resources
+
+    from realm_fast.config import load_config
+
+    seeds = arguments.seeds if arguments.seeds is not None else 2 if arguments.quick else 3
+    if seeds < 1:
+        raise UserError(f"--seeds: expected at least 1, got {seeds}")
+    if arguments.hours is not None and not arguments.hours > 0:
+        raise UserError(f"--hours: expected more than 0, got {arguments.hours}")
+    if arguments.hours is not None and arguments.steps is not None:
+        raise UserError("--steps: says what --hours would decide; give one of them")
+    name = "reproduce_quick.toml" if arguments.quick else "reproduce.toml"
+    with importlib.resources.as_file(importlib.resources.files("realm_fast") / "assets" / name) as recipe:
+        config = _load_config(arguments, load_config(recipe), pretrain__steps=arguments.steps)
+    hours = arguments.hours
+    if hours is None and arguments.steps is None and not arguments.quick:
+        hours = 3.0
+    out = Path(arguments.out or ("runs/reproduce-quick" if arguments.quick else "runs/reproduce"))
+    return out, config, {
+        "seeds": seeds,
+        "hours": hours,
+        "corpus": Path(arguments.corpus) if arguments.corpus else None,
+        "stop_if_diverged": arguments.stop_if_diverged,
+        "progress": True,
+    }  # fmt: skip
+
+
+def _reproduce_ablations(arguments: argparse.Namespace) -> None:
+    from realm_fast.reproduce.ablations import choose_arms, run_ablations
+
+    out, config, options = _reproduction(arguments)
+    table = run_ablations(out, config, arms=choose_arms(arguments.arms), **options)
+    print(table.read_text(encoding="utf-8") + f"\n{table}")
+
+
+def _reproduce_qa(arguments: argparse.Namespace) -> None:
+    from realm_fast.reproduce.qa import run_qa
+
+    out, config, options = _reproduction(arguments)
+    table = run_qa(out, config, **options)
+    print(table.read_text(encoding="utf-8") + f"\n{table}")
 
 
 def _bench(arguments: argparse.Namespace) -> None:

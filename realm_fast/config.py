@@ -104,6 +104,16 @@ class PretrainConfig:
     accumulate_batches: int = setting(1, "micro-batches in one optimizer step", minimum=1)
     num_candidates: int = setting(8, "K, candidates of a query, the null block included", minimum=1)
     level: Literal["token", "sequence"] = setting("token", "marginalise each masked token, or the whole span")
+    objective: Literal["marginal", "emdr2", "pdist"] = setting(
+        "marginal",
+        "what the retriever learns from: the marginal likelihood, or the reader's likelihoods as they are "
+        "(EMDR2; pdist: perplexity distillation, as in Atlas)",
+    )
+    distill_temperature: float = setting(0.01, "of objective pdist, on log-probabilities", minimum=1e-6)
+    ict_weight: float = setting(
+        0.0, "the inverse cloze loss, times this, is added to the loss of every step (0: off)", minimum=0.0
+    )
+    ict_queries: int = setting(64, "sentences in a step's inverse cloze loss", minimum=2)
     score_temperature: float = setting(1.0, "scores are divided by this before the softmax", minimum=1e-6)
     exclude_trivial: bool = setting(True, "drop the block a query was cut from, and near-copies of it")
     use_null_block: bool = setting(True, "the empty block in slot 0")
@@ -234,6 +244,20 @@ class FinetuneConfig:
         "nq.dev,trivia.dev", "question sets to train on: packaged names or files, comma-separated"
     )
     limit_questions: int = setting(0, "of each set (0: all)", minimum=0)
+    dev_questions: str = setting(
+        "",
+        "question sets to evaluate on meanwhile; the checkpoint best on them is what answers (empty: none)",
+    )
+    limit_dev_questions: int = setting(0, "of each set in dev_questions (0: all)", minimum=0)
+    dev_share: float = setting(
+        0.0, "or this share of the training questions, chosen by the seed (0: none)", minimum=0.0, maximum=0.9
+    )
+    evaluate_every_steps: int = setting(100, "on the dev questions, and at the end", minimum=1)
+    patience: int = setting(0, "stop after so many evaluations without gain (0: never)", minimum=0)
+    retriever: Literal["embedder", "bm25"] = setting(
+        "embedder",
+        "where the blocks come from; bm25 (a baseline): from word statistics, and only the reader learns",
+    )
     steps: int = setting(1000, "optimizer steps", minimum=1)
     batch_questions: int = setting(8, "questions in one step", minimum=1)
     retriever_beam: int = setting(100, "blocks in the retriever's loss (published: 5000)", minimum=1)

@@ -195,7 +195,8 @@ def question_sets(
     """The evaluation's question sets, the reachable questions marked.
 
     The subset is found at the first call and kept in RUN/evaluate/reachable with what it was found with; it
-    is found again only if the corpus, the questions or the rule change.
+    is found again only if the corpus, the questions or the rule change. A file in which every question is
+    marked is taken at its word: runs that share it share the subset.
     """
     specs = [spec.strip() for spec in config.evaluate.questions.split(",") if spec.strip()]
     if not specs:
@@ -208,6 +209,9 @@ def question_sets(
         if not questions:
             raise DataError(f"{spec}: holds no question.")
         _check_patterns(questions)
+        if all(q.reachable is not None for q in questions):
+            sets.append(QuestionSet(name, questions))
+            continue
         made_with = {
             "version": REACHABLE_VERSION,
             "corpus_hash": store.corpus_hash,
@@ -303,17 +307,15 @@ def predict(
     store = model.store
     tokens, _ = question_tokens(store.tokenizer(), questions, model.settings.max_question_tokens)
     emb = embed_questions(model.embedder, tokens)
-    answers, texts = AnswerTable(questions, store), SpanText(store)
+    answers, span_texts = AnswerTable(questions, store), SpanText(store)
     predictions = []
     with (
         torch.inference_mode(),
         bar(total=len(questions), desc=f"answer {what}", unit="question", enabled=progress) as shown,
     ):
         for rows in batches(len(questions), max(1, BATCH_BLOCKS // reader_beam)):
-            beam = retrieve(
-                model.index, emb[rows.start : rows.stop], max(depth, reader_beam),
-                temperature=model.settings.score_temperature,
-            )  # fmt: skip
+            texts = [questions[i].text for i in rows]
+            beam = model.beam(texts, emb[rows.start : rows.stop], max(depth, reader_beam))
             ranks = [answers.first_rank(i, ids[:depth]) for i, ids in zip(rows, beam.ids, strict=True)]
             if model.span_reader is None:
                 predictions += [
@@ -328,7 +330,7 @@ def predict(
                 utilities = read_utility(read.scores, scores, gold_spans(read, list(rows), answers))
                 best = best_answers(read, scores, 1)
                 for i, found, rank, utility in zip(rows, best, ranks, utilities, strict=True):
-                    predictions.append(_prediction(questions[i], found, rank, utility, store, texts))
+                    predictions.append(_prediction(questions[i], found, rank, utility, store, span_texts))
             shown.update(len(rows))
     return predictions
 

@@ -10,6 +10,9 @@ For a question x, its beam of K blocks z and, of these, the best R that are read
 averaged over the batch. A shared embedder is split here: the question side learns, the block side stays as
 the index was made. Source: ORQA (Lee et al. 2019), sections 3 and 4, and its released code.
 
+Where there are dev questions, the model answers them every so many steps. The checkpoint that did best is
+kept, and is the one that answers later on; finetune.patience evaluations without gain end the training.
+
 The loop continues bit for bit after a kill: what is random in step s (question order, dropout) is a function
 of (seed, s), and the rest is in the checkpoint.
 """
@@ -20,7 +23,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,22 +41,25 @@ from realm_fast.checkpoint import (
     save_checkpoint,
 )
 from realm_fast.config import Config
-from realm_fast.device import resolve_device
+from realm_fast.device import resolve_device, to_device
+from realm_fast.early_stopping import EarlyStopping, Score, split_dev
 from realm_fast.embedder import Embedder
 from realm_fast.errors import CorruptArtifactError, DataError, UserError
+from realm_fast.evaluate import predict, summarise
 from realm_fast.files import read_json, write_json
 from realm_fast.index import Index, Provenance
 from realm_fast.metrics import MetricsLog
 from realm_fast.objective import orqa_mml_loss
 from realm_fast.packing import query_input
 from realm_fast.progress import bar
-from realm_fast.qa_model import StartingPoint, index_of, starting_point
-from realm_fast.questions import Question, load_questions
+from realm_fast.qa_model import QaModel, StartingPoint, index_of, starting_point
+from realm_fast.questions import Bm25Index, Question, load_questions
 from realm_fast.reader import SpanReader
 from realm_fast.reading import (
     AnswerTable,
     ReadSettings,
     batches,
+    bm25_beam,
     embed_questions,
     gold_spans,
     question_tokens,
@@ -69,6 +75,7 @@ from realm_fast.token_store import TokenStore
 
 log = logging.getLogger(__name__)
 SELECTION_FILE = "trainable.json"
+DEV_FILE = "dev.json"
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ class FinetuneResult:
 
     step: int
     loss: float | None  # of the last step, None if no step was left to do
-    checkpoint: Path
+    checkpoint: Path  # that answers from now on: of the best step
+    best_step: int  # on the dev questions; the last one where there are none
     questions: dict[str, int]  # how many were given, trainable, and set aside by reason
 
 
@@ -94,10 +102,16 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which questions are trained on, and what became of the others."""
+    """Which questions are trained on, or which dev questions looked at, and what became of the others."""
 
     trainable: list[int]  # positions in the list of questions
     counts: dict[str, int]
+
+    def write(self, file: Path, identity: dict[str, Any]) -> None:
+        write_json(file, {"identity": identity, "counts": self.counts, "trainable": self.trainable})
+
+
+NOTHING = Selection([], {})
 
 
 def finetune(
@@ -107,6 +121,7 @@ def finetune(
     questions: Sequence[Question] | None = None,
     resume: bool = False,
     progress: bool = False,
+    on_step: Callable[[int], None] | None = None,
 ) -> FinetuneResult:
     """Fine-tunes from the run's newest pre-training checkpoint, or from the warm start where there is none.
 
@@ -116,10 +131,13 @@ def finetune(
         questions: instead of those that `config.finetune.questions` names.
         resume: go on from the newest fine-tuning checkpoint.
         progress: show a bar.
+        on_step: called with the number of every step that was made.
 
     Raises:
-        UserError: nothing to train on, or the folder holds checkpoints and `resume` is False.
-        ConfigError: on resume, a setting differs from the checkpoint's; the message has both.
+        UserError: nothing to train on or no dev question is left, or the folder holds checkpoints and
+            `resume` is False.
+        ConfigError: settings contradict each other, or on resume one differs from the checkpoint's; the
+            message has both.
         TrainingDivergedError: the loss or the gradient became NaN; the step and the parameter are named.
         Interrupted: SIGINT or SIGTERM came; the step at hand was finished and saved.
     """
@@ -137,8 +155,11 @@ def finetune(
             log.info("%s: no checkpoint yet, so fine-tuning starts from the beginning", run.finetune_dir)
         if questions is None:
             questions = load_questions(config.finetune.questions, limit=config.finetune.limit_questions)
-        job = functools.partial(Trainer.open, run, config, list(questions), checkpoint, progress=progress)
-        if checkpoint is not None and checkpoint.step >= config.finetune.steps:
+        split = split_dev(questions, config)
+        job = functools.partial(
+            Trainer.open, run, config, split.train, checkpoint, dev=split.dev, progress=progress
+        )
+        if checkpoint is not None and _is_finished(checkpoint, config):
             trainer = job()  # for its checks; nothing is left to do, so there is no stage to record
             log.info("%s: all %d steps are done", run.finetune_dir, trainer.step)
             return trainer.result(None)
@@ -146,13 +167,19 @@ def finetune(
             trainer = job()
             run.save_config(config)
             first = trainer.step
-            result = trainer.train(progress=progress)
+            result = trainer.train(progress=progress, on_step=on_step)
             details |= {
                 "started_from": trainer.started_from,
                 "steps": trainer.step - first,
                 "questions": trainer.selection.counts,
                 "notes": getattr(questions, "notes", []),
             }
+            if split.dev:
+                details |= {
+                    "best_step": result.best_step,
+                    "dev_questions": trainer.dev_selection.counts,
+                    "left_out_as_dev": split.left_out,
+                }
             return result
 
 
@@ -169,17 +196,25 @@ class Trainer:
         questions: list[Question],
         selection: Selection,
         *,
+        dev: list[Question],
+        dev_selection: Selection,
         index: Index,
         snapshot: str,
         started_from: str,
         identity: dict[str, Any],
+        bm25: Bm25Index | None = None,
     ) -> None:
         self.run, self.config, self.store = run, config, store
         self.device = resolve_device(config.device)
         self.embedder, self.span_reader = embedder.to(self.device), span_reader.to(self.device)
         self.index, self.snapshot, self.started_from = index, snapshot, started_from
         self.selection, self.identity = selection, identity
+        self.dev = [dev[i] for i in dev_selection.trainable]
+        self.dev_selection = dev_selection
+        self.watch = EarlyStopping(config.finetune.patience)
         self.settings = ReadSettings.of(config)
+        self.bm25 = bm25
+        self.texts = [question.text for question in questions]
         self.answers = AnswerTable(questions, store)
         self.tokens, _ = question_tokens(store.tokenizer(), questions, self.settings.max_question_tokens)
         self.block_encoder_hash = embedder.hash()
@@ -201,6 +236,7 @@ class Trainer:
         questions: list[Question],
         checkpoint: Checkpoint | None,
         *,
+        dev: Sequence[Question] = (),
         progress: bool = False,
     ) -> "Trainer":
         """Takes up `checkpoint`, or starts anew if it is None."""
@@ -212,6 +248,7 @@ class Trainer:
             score_temperature=config.pretrain.score_temperature,
             corpus_hash=store.corpus_hash,
             questions_hash=questions_hash(questions),
+            dev_questions_hash=questions_hash(dev),
         )
         if checkpoint is not None:
             checkpoint.check_identity(identity)
@@ -248,51 +285,60 @@ class Trainer:
         index = residence.place(open_snapshot(run.path / snapshot, expect=expect).index)
         if config.finetune.retriever_beam > len(index):
             log.info("the corpus has %d blocks: every beam is all of them", len(index))
+        bm25 = Bm25Index(store, progress=progress) if config.finetune.retriever == "bm25" else None
         if checkpoint is not None:
             selection = read_selection(run.finetune_dir / SELECTION_FILE, identity)
+            dev_selection = read_selection(run.finetune_dir / DEV_FILE, identity) if dev else NOTHING
         else:
-            selection = select_questions(
+            select = functools.partial(
+                select_questions,
                 embedder.to(device),
                 index,
                 store,
-                questions,
                 beam=config.finetune.retriever_beam,
                 max_question_tokens=ReadSettings.of(config).max_question_tokens,
+                bm25=bm25,
                 progress=progress,
             )
-            log.info(describe_counts(selection.counts))
-            if not selection.trainable:
-                raise DataError(
-                    f"{config.finetune.questions}: no question can be trained on "
-                    f"({describe_counts(selection.counts)}). Give questions that this corpus answers, or a "
-                    f"larger finetune.retriever_beam (it is {config.finetune.retriever_beam})."
-                )
-            write_json(
-                run.finetune_dir / SELECTION_FILE,
-                {"identity": identity, "counts": selection.counts, "trainable": selection.trainable},
-            )
+            selection, dev_selection = select(questions), select(dev) if dev else NOTHING
+            _check_selection(selection, config, config.finetune.questions, "trained on")
+            selection.write(run.finetune_dir / SELECTION_FILE, identity)
+            if dev:
+                named = config.finetune.dev_questions or f"a share of {config.finetune.questions}"
+                _check_selection(dev_selection, config, f"dev, {named}", "evaluated on")
+                dev_selection.write(run.finetune_dir / DEV_FILE, identity)
         trainer = cls(
             run, config, store, embedder, span_reader, questions, selection,
-            index=index, snapshot=snapshot, started_from=started_from, identity=identity,
+            dev=list(dev), dev_selection=dev_selection, index=index, snapshot=snapshot,
+            started_from=started_from, identity=identity, bm25=bm25,
         )  # fmt: skip
         if checkpoint is not None:
             checkpoint.load_optimizer(trainer.optimizer)
             trainer.step = checkpoint.step
             trainer.window = dict(checkpoint.state["window"])
+            trainer.watch = EarlyStopping.restore(checkpoint.state["early_stopping"])
         return trainer
 
-    def train(self, *, progress: bool) -> FinetuneResult:
-        """The loop, from the step reached to the last; metrics, checkpoints and stop requests included."""
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was made, or the one that early stopping makes the last."""
+        return self.step >= self.config.finetune.steps or self.watch.stop
+
+    def train(self, *, progress: bool, on_step: Callable[[int], None] | None = None) -> FinetuneResult:
+        """The loop, from the step reached to the last; metrics, evaluations, checkpoints, stop requests."""
         tuning = self.config.finetune
         loss: float | None = None
-        metrics = MetricsLog(self.run.finetune_dir / "metrics.jsonl", self.run.finetune_dir / "tensorboard")
+        folder = self.run.finetune_dir
+        metrics = MetricsLog(folder / "metrics.jsonl", folder / "tensorboard")
+        evaluations = MetricsLog(folder / "evaluations.jsonl", folder / "tensorboard" / "dev")
         order = question_order(
             len(self.selection.trainable), tuning.batch_questions, self.config.seed, self.step
         )
         shown = bar(total=tuning.steps, desc="fine-tune", unit="step", initial=self.step, enabled=progress)
-        with metrics, shown, stop_on_signal() as stop:
+        with metrics, evaluations, shown, stop_on_signal() as stop:
             metrics.truncate_after(self.step)
-            while self.step < tuning.steps:
+            evaluations.truncate_after(self.step)
+            while not self.finished:
                 begin = time.perf_counter()
                 self.step += 1
                 loss, rates, grad_norm = self._update(next(order))
@@ -300,23 +346,64 @@ class Trainer:
                 self._add(step_s=seconds)
                 shown.update()
                 shown.set_postfix(loss=loss, questions_per_s=tuning.batch_questions / seconds)
-                if self.step % tuning.log_every_steps == 0 or self.step == tuning.steps:
+                if on_step is not None:
+                    on_step(self.step)
+                gained = False
+                if self.dev and (self.step % tuning.evaluate_every_steps == 0 or self.step == tuning.steps):
+                    gained = self._evaluate(evaluations)
+                if self.step % tuning.log_every_steps == 0 or self.finished:
                     metrics.write(self._record(rates, grad_norm))
                     self.window.clear()
-                if self.step % tuning.checkpoint_every_steps == 0 or self.step == tuning.steps or stop:
+                if self.step % tuning.checkpoint_every_steps == 0 or gained or self.finished or stop:
                     metrics.flush()
+                    evaluations.flush()
                     self.save()
-                if stop and self.step < tuning.steps:
+                if stop and not self.finished:
                     stop.raise_interrupted(
                         f"fine-tuning stopped after step {self.step} of {tuning.steps} and is saved; "
                         f"`realm-fast finetune {self.run.path} --resume` goes on from there."
                     )
+        if self.watch.stop:
+            log.info(
+                "no gain in %d evaluations: stopped after step %d of %d; step %s was the best",
+                self.watch.without_gain, self.step, tuning.steps, self.watch.best_step,
+            )  # fmt: skip
         return self.result(loss)
+
+    def _evaluate(self, evaluations: MetricsLog) -> bool:
+        """Answers the dev questions and notes how well; True where it is the best so far."""
+        begin = time.perf_counter()
+        model = QaModel(
+            "dev", "finetune", self.embedder.eval(), self.span_reader.eval(), self.index, self.store,
+            self.settings, bm25=self.bm25,
+        )  # fmt: skip
+        reads = self.settings.reader_beam
+        row, _ = summarise(
+            "dev", predict(model, self.dev, reader_beam=reads, depth=reads), sorted({1, reads})
+        )
+        score = Score(row["exact_match"], row["f1"], row["recall"][str(reads)])
+        gained = self.watch.note(self.step, score)
+        kept = ("questions", "exact_match", "f1", "recall", "retrieval_utility")
+        evaluations.write(
+            {
+                "step": self.step,
+                **{name: row[name] for name in kept},
+                "best": gained,
+                "evaluation_s": time.perf_counter() - begin,
+            }
+        )
+        log.info(
+            "step %d, dev: EM %.2f, F1 %.2f, R@%d %.2f%s",
+            self.step, score.exact_match, score.f1, reads, score.recall,
+            ", the best so far" if gained else f" (best: step {self.watch.best_step})",
+        )  # fmt: skip
+        return gained
 
     def result(self, loss: float | None) -> FinetuneResult:
         """What `finetune` returns, at the step reached."""
-        path = self.run.finetune_dir / "checkpoints" / checkpoint_name(self.step)
-        return FinetuneResult(self.step, loss, path, self.selection.counts)
+        best_step = self.step if self.watch.best_step is None else self.watch.best_step
+        path = self.run.finetune_dir / "checkpoints" / checkpoint_name(best_step)
+        return FinetuneResult(self.step, loss, path, best_step, self.selection.counts)
 
     def _update(self, batch: Sequence[int]) -> tuple[float, dict[str, float], float]:
         tuning = self.config.finetune
@@ -351,12 +438,12 @@ class Trainer:
         with autocast:
             rows = [query_input(t, self.embedder.special) for t in tokens]
             query_emb = self.embedder.query_emb(self.embedder.pad(rows))  # [B, D]
-        beam = retrieve(
-            self.index,
-            query_emb,
-            max(self.config.finetune.retriever_beam, self.settings.reader_beam),
-            temperature=self.settings.score_temperature,
-        )
+        k = max(self.config.finetune.retriever_beam, self.settings.reader_beam)
+        if self.bm25 is not None:
+            beam = bm25_beam(self.bm25, [self.texts[i] for i in questions], k)
+            beam = beam._replace(scores=to_device(beam.scores, self.device))
+        else:
+            beam = retrieve(self.index, query_emb, k, temperature=self.settings.score_temperature)
         holds = np.stack([self.answers.holds(q, ids) for q, ids in zip(questions, beam.ids, strict=True)])
         retriever = mean_mml(beam.scores, torch.from_numpy(holds).to(self.device))
         reads = self.settings.reader_beam
@@ -374,7 +461,7 @@ class Trainer:
         )
 
     def save(self) -> Path:
-        """Writes the checkpoint of the step reached."""
+        """Writes the checkpoint of the step reached; that of the best step stays."""
         return save_checkpoint(
             self.run.finetune_dir / "checkpoints",
             self.step,
@@ -388,10 +475,12 @@ class Trainer:
                 "read_settings": dataclasses.asdict(self.settings),
                 "questions": self.selection.counts,
                 "window": dict(self.window),
+                "early_stopping": self.watch.state(),
                 "config": self.config.to_dict(),
             },
             identity=self.identity,
             keep=self.config.finetune.keep_checkpoints,
+            protect=[] if self.watch.best_step is None else [self.watch.best_step],
         )
 
     def _add(self, **values: float) -> None:
@@ -447,12 +536,13 @@ def select_questions(
     *,
     beam: int,
     max_question_tokens: int,
+    bm25: Bm25Index | None = None,
     progress: bool = False,
 ) -> Selection:
     """Sorts out what cannot be trained on: no text, no answer, or no block of the beam holds one.
 
-    The beam is that of `embedder` as it is now. Training on a question whose beam holds no answer would give
-    no gradient until the retriever has come to find one.
+    The beam is that of `embedder` as it is now, or BM25's. Training on a question whose beam holds no answer
+    would give no gradient until the retriever has come to find one.
     """
     counts = Counter(given=len(questions), no_text=0, no_answer=0, no_answer_in_beam=0, cut_to_length=0)
     tokens, _ = question_tokens(store.tokenizer(), questions, max_question_tokens + 1)
@@ -471,7 +561,10 @@ def select_questions(
     trainable: list[int] = []
     with bar(total=len(usable), desc="match answers", unit="question", enabled=progress) as shown:
         for rows in batches(len(usable), 256):
-            ids = retrieve(index, emb[rows.start : rows.stop], beam).ids
+            if bm25 is not None:
+                ids = bm25_beam(bm25, [questions[usable[row]].text for row in rows], beam).ids
+            else:
+                ids = retrieve(index, emb[rows.start : rows.stop], beam).ids
             for row, block_ids in zip(rows, ids, strict=True):
                 if answers.holds(usable[row], block_ids).any():
                     trainable.append(usable[row])
@@ -495,8 +588,8 @@ def read_selection(file: Path, identity: dict[str, Any]) -> Selection:
     return Selection(record["trainable"], record["counts"])
 
 
-def describe_counts(counts: dict[str, int]) -> str:
-    """`Selection.counts` in a sentence."""
+def describe_counts(counts: dict[str, int], what: str = "trainable") -> str:
+    """`Selection.counts` in a sentence; `what` the chosen ones are."""
     parts = [
         f"{counts[name]:,} {text}"
         for name, text in (
@@ -508,7 +601,7 @@ def describe_counts(counts: dict[str, int]) -> str:
     ]
     aside = f"; set aside: {', '.join(parts)}" if parts else ""
     cut = f"; {counts['cut_to_length']:,} cut to length" if counts.get("cut_to_length") else ""
-    return f"{counts['trainable']:,} of {counts['given']:,} questions are trainable{aside}{cut}"
+    return f"{counts['trainable']:,} of {counts['given']:,} questions are {what}{aside}{cut}"
 
 
 def question_order(count: int, batch: int, seed: int, steps_done: int) -> Iterator[list[int]]:
@@ -528,6 +621,23 @@ def question_order(count: int, batch: int, seed: int, steps_done: int) -> Iterat
             chosen.append(int(permutation[place % count]))
         position += batch
         yield chosen
+
+
+def _is_finished(checkpoint: Checkpoint, config: Config) -> bool:
+    watch = EarlyStopping.restore(checkpoint.state["early_stopping"])
+    return checkpoint.step >= config.finetune.steps or watch.stop
+
+
+def _check_selection(selection: Selection, config: Config, named: str, purpose: str) -> None:
+    """Says what was chosen of the questions. Raises DataError where that is none."""
+    what = "trainable" if purpose == "trained on" else "to evaluate on"
+    log.info(describe_counts(selection.counts, what))
+    if not selection.trainable:
+        raise DataError(
+            f"{named}: no question can be {purpose} ({describe_counts(selection.counts, what)}). Give "
+            f"questions that this corpus answers, or a larger finetune.retriever_beam (it is "
+            f"{config.finetune.retriever_beam})."
+        )
 
 
 def _describe_start(start: StartingPoint) -> str:

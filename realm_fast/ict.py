@@ -13,6 +13,7 @@ without the sentence, among all blocks of the corpus.
 Source: ORQA (Lee et al. 2019), section 5.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +106,27 @@ class IctSampler:
         return IctExample(block, query.astype(np.int32), body.astype(np.int32))
 
 
+def ict_rows(
+    store: TokenStore, embedder: Embedder, examples: Sequence[IctExample], *, precision: str
+) -> list[EmbeddedRows]:
+    """What the loss embeds: the sentences, and their blocks. Under autocast where precision is bfloat16."""
+    special = embedder.special
+
+    def cast(embed: Callable[[TokenBatch], torch.Tensor]) -> Callable[[TokenBatch], torch.Tensor]:
+        def run(batch: TokenBatch) -> torch.Tensor:
+            with torch.autocast(embedder.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                return embed(batch)
+
+        return run
+
+    queries = [query_input(example.query, special) for example in examples]
+    blocks = [block_input(store.title_tokens(e.block_id), e.body, special) for e in examples]
+    return [
+        EmbeddedRows(queries, embedder, cast(embedder.query_emb)),
+        EmbeddedRows(blocks, embedder, cast(embedder.block_emb)),
+    ]
+
+
 class Ict(StageTrainer):
     """The stage: `realm-fast ict`."""
 
@@ -177,21 +199,7 @@ class Ict(StageTrainer):
         return {"sentences": len(examples), "blocks": len(self.store), "recall": recall}
 
     def _parts(self, examples: list[IctExample]) -> list[EmbeddedRows]:
-        special = self.model.special
-        queries = [query_input(example.query, special) for example in examples]
-        blocks = [block_input(self.store.title_tokens(e.block_id), e.body, special) for e in examples]
-        return [
-            EmbeddedRows(queries, self.model, self._query_emb),
-            EmbeddedRows(blocks, self.model, self._block_emb),
-        ]
-
-    def _query_emb(self, batch: TokenBatch) -> torch.Tensor:
-        with self.autocast():
-            return self.model.query_emb(batch)
-
-    def _block_emb(self, batch: TokenBatch) -> torch.Tensor:
-        with self.autocast():
-            return self.model.block_emb(batch)
+        return ict_rows(self.store, self.model, examples, precision=self.settings.precision)
 
 
 def ict(run: RunFolder, config: Config, *, resume: bool = False, progress: bool = False) -> None:

@@ -15,7 +15,7 @@ a candidate of all of them, above all), and rows are grouped by length before th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from realm_fast.device import to_device
 from realm_fast.embedder import Embedder
 from realm_fast.errors import ConfigError, ProvenanceError
 from realm_fast.index import Index
+from realm_fast.objective import emdr2_retriever_loss, perplexity_distillation_loss
 from realm_fast.ops.linear_marginal_ce import MarginalStats, linear_marginal_cross_entropy
 from realm_fast.ops.marginal_lse import Level
 from realm_fast.packing import (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from realm_fast.token_store import TokenStore
 
 IGNORE_INDEX = -100
+Objective = Literal["marginal", "emdr2", "pdist"]
 _ARGMAX_LOGITS_BYTES = 32 << 20
 
 
@@ -70,6 +72,7 @@ class StepStats:
 @dataclass(frozen=True)
 class StepOutput:
     loss: torch.Tensor  # scalar; 0 when nothing is masked
+    retriever_loss: torch.Tensor | None  # its own, a mean over queries; None: it shares `loss`
     stats: StepStats
     retrieval_scores: torch.Tensor  # [B, K] fresh, over temperature; -inf in absent slots
     marginal: MarginalStats
@@ -82,6 +85,10 @@ class RealmModel(nn.Module):
         level: marginalise each masked token ("token") or the whole span ("sequence").
         temperature: scores are divided by it before the softmax.
         train_retriever: False: no graph is built through the embedder, and it stays in evaluation mode.
+        objective: "marginal" trains both by the marginal likelihood. Otherwise that trains the reader alone,
+            p(z | x) given, and the retriever learns from the reader's likelihoods, given: by "emdr2" or by
+            perplexity distillation, "pdist" (realm_fast.objective).
+        distill_temperature: of "pdist".
     """
 
     def __init__(
@@ -92,6 +99,8 @@ class RealmModel(nn.Module):
         level: Level = "token",
         temperature: float = 1.0,
         train_retriever: bool = True,
+        objective: Objective = "marginal",
+        distill_temperature: float = 0.01,
     ) -> None:
         super().__init__()
         if embedder.tokenizer_hash != reader.tokenizer_hash:
@@ -106,6 +115,8 @@ class RealmModel(nn.Module):
         self.level: Level = level
         self.temperature = temperature
         self.train_retriever = train_retriever
+        self.objective: Objective = objective
+        self.distill_temperature = distill_temperature
         if not train_retriever:
             embedder.eval()
 
@@ -158,11 +169,14 @@ class RealmModel(nn.Module):
             weight,
             bias,
             labels,
-            scores,
+            scores if self.objective == "marginal" else scores.detach(),
             level=self.level,
             ignore_index=IGNORE_INDEX,
             return_stats=True,
         )
+        retriever_loss = None
+        if self.objective != "marginal" and self.train_retriever:
+            retriever_loss = self._retriever_loss(marginal.gold_log_prob, scores, labels != IGNORE_INDEX)
         accuracy = accuracy_null = None
         if with_accuracy:
             accuracy, accuracy_null = masked_accuracy(
@@ -183,7 +197,14 @@ class RealmModel(nn.Module):
             block_slots=int(candidates.present.sum()),
             reader_padding_waste=waste,
         )
-        return StepOutput(loss, stats, scores.detach(), marginal)
+        return StepOutput(loss, retriever_loss, stats, scores.detach(), marginal)
+
+    def _retriever_loss(
+        self, gold_log_prob: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        if self.objective == "emdr2":
+            return emdr2_retriever_loss(gold_log_prob, scores, mask)
+        return perplexity_distillation_loss(gold_log_prob, scores, mask, temperature=self.distill_temperature)
 
     def fresh_scores(
         self, store: "TokenStore", queries: "Sequence[MaskedQuery]", candidates: Candidates

@@ -59,9 +59,12 @@ class Probe:
         if only_if_missing and any(line["when"] == when for line in earlier):
             return
         with self.run.stage(f"measure {when}"):
-            masked = self._masked_words(snapshot)
-            lines = [{"step": snapshot.step, **row, **masked} for row in self._recall(snapshot)]
-            write_evaluations(self.path, when, lines)
+            write_evaluations(self.path, when, self.rows(snapshot))
+
+    def rows(self, snapshot: IndexSnapshot) -> list[dict[str, Any]]:
+        """What is measured: a row over all questions, then one over the reachable ones."""
+        masked = self._masked_words(snapshot)
+        return [{"step": snapshot.step, **row, **masked} for row in self._recall(snapshot)]
 
     def illustrate(self, snapshot: IndexSnapshot, step: int) -> None:
         """Writes illustrations.json."""

@@ -1,6 +1,7 @@
 """The models of a run that questions are answered with: which checkpoint, and the index that belongs to it.
 
-    "finetune"   the newest fine-tuned checkpoint: question embedder, span reader, and their index
+    "finetune"   the fine-tuned checkpoint that did best on the dev questions, the newest where there were
+                 none: question embedder, span reader, and their index
     "pretrain"   the newest pre-training checkpoint: retrieval alone
     "ict"        the embedder that the inverse cloze task made: retrieval alone
     "start"      what the configuration's trunks are before any training in this run: retrieval alone
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from realm_fast.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from realm_fast.checkpoint import Checkpoint, checkpoint_name, newest_checkpoint, read_checkpoint
 from realm_fast.config import Config
 from realm_fast.device import resolve_device
 from realm_fast.embedder import Embedder
@@ -26,8 +27,9 @@ from realm_fast.errors import DataError, ProvenanceError, RealmFastError
 from realm_fast.files import atomic_dir, link_or_copy
 from realm_fast.index import Index, Provenance
 from realm_fast.optim import step_seed
+from realm_fast.questions import Bm25Index
 from realm_fast.reader import Reader, SpanReader
-from realm_fast.reading import ReadSettings
+from realm_fast.reading import Beam, ReadSettings, bm25_beam, retrieve
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import list_snapshots, open_snapshot, read_manifest, snapshot_name
 from realm_fast.snapshot_writer import write_snapshot
@@ -61,6 +63,13 @@ class QaModel:
     settings: ReadSettings
     started_from: str | None = None  # what fine-tuning started from, if it was fine-tuned
     notes: list[str] = field(default_factory=list)
+    bm25: Bm25Index | None = None  # instead of the index, where the reader was fine-tuned so
+
+    def beam(self, texts: Sequence[str], query_emb: torch.Tensor, k: int) -> Beam:
+        """The best k blocks of each question."""
+        if self.bm25 is not None:
+            return bm25_beam(self.bm25, texts, k)
+        return retrieve(self.index, query_emb, k, temperature=self.settings.score_temperature)
 
 
 def starting_point(run: RunFolder, config: Config, store: TokenStore) -> StartingPoint:
@@ -148,6 +157,14 @@ def index_of(
     return target
 
 
+def best_checkpoint(newest: Checkpoint) -> Checkpoint:
+    """The one that did best on the dev questions, as the newest knows; itself where there were none."""
+    best_step = newest.state.get("early_stopping", {}).get("best_step")
+    if best_step is None:
+        return newest
+    return read_checkpoint(newest.path.with_name(checkpoint_name(best_step)))
+
+
 def load_qa_model(
     run: RunFolder,
     config: Config,
@@ -183,7 +200,7 @@ def load_qa_model(
             if checkpoint in ("auto", candidate):
                 found = newest_checkpoint(run.path / candidate / "checkpoints")
                 if found is not None:
-                    stage = candidate
+                    found, stage = best_checkpoint(found), candidate
                     break
         if found is None and checkpoint in ("finetune", "pretrain", "ict"):
             raise DataError(
@@ -235,6 +252,7 @@ def _finetuned(
 def _with_span_reader(
     checkpoint: Checkpoint, embedder: Embedder, store: TokenStore, name: str, index: Index
 ) -> QaModel:
+    settings = ReadSettings(**checkpoint.state["read_settings"])
     return QaModel(
         name,
         "finetune",
@@ -242,8 +260,9 @@ def _with_span_reader(
         SpanReader.load(checkpoint.module_folder("span_reader")).eval(),
         index,
         store,
-        ReadSettings(**checkpoint.state["read_settings"]),
+        settings,
         started_from=checkpoint.state["started_from"],
+        bm25=Bm25Index(store) if settings.retriever == "bm25" else None,
     )
 
 

@@ -27,7 +27,7 @@ from realm_fast.embedder import Embedder
 from realm_fast.index import Index
 from realm_fast.packing import bucket_by_length, query_input
 from realm_fast.progress import bar
-from realm_fast.questions import AnswerMatcher, Question
+from realm_fast.questions import AnswerMatcher, Bm25Index, Question
 from realm_fast.reader import SpanReader
 from realm_fast.token_store import TokenStore
 from realm_fast.tokenizer import Tokenizer
@@ -45,12 +45,18 @@ class ReadSettings:
     max_question_tokens: int  # without special tokens
     reader_beam: int  # R
     score_temperature: float
+    retriever: str = "embedder"  # or "bm25"
 
     @classmethod
     def of(cls, config: Config) -> "ReadSettings":
         """A question may be as long as the embedder's queries, and must leave the reader room for a block."""
         longest = min(config.masking.max_query_tokens - 2, config.finetune.max_reader_tokens // 2)
-        return cls(longest, config.finetune.reader_beam, config.pretrain.score_temperature)
+        return cls(
+            longest,
+            config.finetune.reader_beam,
+            config.pretrain.score_temperature,
+            config.finetune.retriever,
+        )
 
 
 class Beam(NamedTuple):
@@ -135,6 +141,12 @@ def retrieve(index: Index, query_emb: torch.Tensor, k: int, *, temperature: floa
     blocks = to_device(index.reconstruct(unique), query_emb.device)  # [n, D]
     products = torch.einsum("bd,bkd->bk", query_emb.float(), blocks[to_device(place, blocks.device)])
     return Beam(ids.numpy(), products.masked_fill(~present, -torch.inf) / temperature)
+
+
+def bm25_beam(bm25: Bm25Index, texts: Sequence[str], k: int) -> Beam:
+    """The beam of each question by BM25, its scores as they are; constant."""
+    scores, ids = bm25.search(texts, k)
+    return Beam(ids, torch.from_numpy(scores))
 
 
 class AnswerTable:

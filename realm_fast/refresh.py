@@ -49,7 +49,7 @@ OWNER_PATIENCE_S = 30.0  # for the refresher of a killed trainer to notice, and 
 WAIT_POLL_S = 0.02
 TRAINER, REFRESHER = "trainer", "refresher"  # what the owners of a snapshots folder call themselves
 SHARED_MEMORY = Path("/dev/shm")
-ShouldStop = Callable[[], object]  # asked now and then; true: stop
+ShouldStop = Callable[[], bool]  # asked now and then
 log = logging.getLogger(__name__)
 
 

@@ -6,7 +6,8 @@ RUN/stages.jsonl           one line a finished stage: time, memory, command
 RUN/ict/, RUN/warmup/      metrics.jsonl, evaluations.jsonl, checkpoints/, tensorboard/
 RUN/pretrain/              metrics.jsonl, refreshes.jsonl, evaluations.jsonl, illustrations.json,
                                checkpoints/, snapshots/, refresher/, tensorboard/
-RUN/finetune/              metrics.jsonl, checkpoints/, tensorboard/
+RUN/finetune/              metrics.jsonl, evaluations.jsonl, trainable.json, dev.json,
+                               checkpoints/, snapshots/, tensorboard/
 RUN/evaluate/              results.json, predictions.jsonl
 RUN/corpora/               indexes of other corpora that questions were answered from
 RUN/report.html
@@ -187,9 +188,12 @@ def corpus_stages_path(store_path: Path) -> Path:
 def record_stage(path: Path, name: str) -> Iterator[dict[str, Any]]:
     """Adds a line about what was done inside to `path`, if it ended well or was asked to stop.
 
-    Yields details to fill in.
+    Yields details to fill in. Its peak memory is that of the stage where the system can count anew from its
+    beginning (Linux), else that of the process so far.
     """
     details: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # 5: forgets the peak
     started, begin = now_iso(), time.monotonic()
     interrupted: Interrupted | None = None
     try:

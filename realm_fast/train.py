@@ -12,6 +12,7 @@ that was killed and resumed takes the same steps (bit for bit where the refresh 
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -34,9 +35,12 @@ from realm_fast.embedder import Embedder
 from realm_fast.embedding import EmbeddingStopped
 from realm_fast.errors import ConfigError, CorruptArtifactError, DataError, UserError
 from realm_fast.evaluate import parse_cutoffs
+from realm_fast.gradient_cache import cached_backward
+from realm_fast.ict import IctSampler, ict_rows
 from realm_fast.masking import MaskedQuery, Masker, prepare_spans
 from realm_fast.metrics import MetricsLog
 from realm_fast.model import RealmModel, realm_step
+from realm_fast.objective import in_batch_contrastive_loss
 from realm_fast.optim import (
     build_optimizer,
     check_loss,
@@ -70,7 +74,15 @@ SHOWN = ("retrieval_utility", "masked_accuracy", "null_probability")  # of StepS
 log = logging.getLogger(__name__)
 
 
-def pretrain(run: RunFolder, config: Config, *, resume: bool = False, progress: bool = False) -> None:
+def pretrain(
+    run: RunFolder,
+    config: Config,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    measure: bool = True,
+    on_step: Callable[[int], None] | None = None,
+) -> None:
     """Pre-trains `run` to config.pretrain.steps.
 
     Args:
@@ -79,6 +91,8 @@ def pretrain(run: RunFolder, config: Config, *, resume: bool = False, progress: 
             what is computed (checkpoint.FREE_SETTINGS).
         resume: go on from the newest checkpoint. Without it, a run that has one is refused.
         progress: show bars on stderr.
+        measure: write evaluations.jsonl, before and after.
+        on_step: called with the number of every step that was made.
 
     Raises:
         TrainingDivergedError: the loss or a gradient is not finite; the last checkpoint is intact.
@@ -88,7 +102,7 @@ def pretrain(run: RunFolder, config: Config, *, resume: bool = False, progress: 
     with run.lock("pretrain"), stop_on_signal() as stop:
         trainer = Pretrainer(run, config, resume=resume, progress=progress, stop=stop)
         try:
-            trainer.train()
+            trainer.train(measure=measure, on_step=on_step)
         finally:
             trainer.close()
 
@@ -99,6 +113,7 @@ class Window:
 
     steps: int = 0
     loss: float = 0.0
+    ict_loss: float = 0.0  # without its weight
     retrieval_utility: float = 0.0
     null_probability: float = 0.0
     grad_norm: float = 0.0
@@ -128,7 +143,7 @@ class Pretrainer:
         stop: StopRequest | None = None,
     ) -> None:
         self.run, self.config, self.progress = run, config, progress
-        self.stop = stop or StopRequest()
+        self.stop = StopRequest() if stop is None else stop  # an unset one is false
         self.folder = run.pretrain_dir
         self.checkpoints, self.snapshots = self.folder / "checkpoints", run.snapshots_dir
         checkpoint = newest_checkpoint(self.checkpoints)
@@ -146,9 +161,10 @@ class Pretrainer:
                 f"pretrain.num_candidates: expected at most {len(self.store)}, as the corpus has so many "
                 f"blocks, got {config.pretrain.num_candidates}"
             )
+        shaping = ["embedder", "reader", "index", "masking", "pretrain", "refresh"]
         self.identity = identity_of(
             config,
-            ["embedder", "reader", "index", "masking", "pretrain", "refresh"],
+            [*shaping, "ict"] if config.pretrain.ict_weight else shaping,
             corpus_hash=self.store.corpus_hash,
             tokenizer_hash=self.store.tokenizer_hash,
         )
@@ -163,8 +179,11 @@ class Pretrainer:
             log.warning("no sentences are held out, so masked accuracy is not measured: %s", error)
             held_out = None
 
+        self.ict = self._ict_sampler()
         self.model = self._load_model(checkpoint).to(self.device)
-        trained = {"reader": (self.model.reader, config.pretrain.reader_lr)}
+        trained: dict[str, tuple[torch.nn.Module, float]] = {
+            "reader": (self.model.reader, config.pretrain.reader_lr)
+        }
         if config.pretrain.train_retriever:
             trained["embedder"] = (self.model.embedder, config.pretrain.embedder_lr)
         self.optimizer = build_optimizer(trained, weight_decay=config.pretrain.weight_decay)
@@ -231,9 +250,10 @@ class Pretrainer:
 
     # --- the loop -----------------------------------------------------------------------------------------
 
-    def train(self) -> None:
+    def train(self, *, measure: bool = True, on_step: Callable[[int], None] | None = None) -> None:
         settings, stop = self.config.pretrain, self.stop
-        self.probe.measure("before", self.snapshot, only_if_missing=True)
+        if measure:
+            self.probe.measure("before", self.snapshot, only_if_missing=True)
         warmup = pretrain_warmup_steps(settings.warmup_steps, settings.steps)
         first = self.step
         self.model.train()
@@ -282,6 +302,8 @@ class Pretrainer:
                     refresh_blocks_s=self.snapshot.manifest.blocks_per_s,
                 )
                 shown.update()
+                if on_step is not None:
+                    on_step(step)
                 if logged:
                     self._log(rates, searched, accuracy)
                 if step % settings.checkpoint_every_steps == 0 or step == settings.steps or stop:
@@ -291,7 +313,8 @@ class Pretrainer:
                         f"stopped after step {step} of {settings.steps}; --resume goes on from here"
                     )
             details |= {"steps": self.step - first, "queries": (self.step - first) * self.queries_per_step}
-        self.probe.measure("after", self.snapshot)
+        if measure:
+            self.probe.measure("after", self.snapshot)
         self.probe.illustrate(self.snapshot, self.step)
 
     def _forward_backward(self, step: int, *, with_accuracy: bool) -> dict[str, float]:
@@ -304,6 +327,7 @@ class Pretrainer:
         batches = self._take_batches(step)
         weights = [self._weight(queries) for queries in batches]
         shown: list[tuple[float, dict[str, HostCopy]]] = []
+        ict_loss = 0.0
         for queries, weight in zip(batches, weights, strict=True):
             share = weight / max(sum(weights), 1)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
@@ -319,17 +343,43 @@ class Pretrainer:
                     correction=self.correction,
                 )
             self.tally.add(step, candidates.block_ids.cpu().numpy(), candidates.runner_up_ids.cpu().numpy())
-            (output.loss * share).backward()
+            loss = output.loss * share
+            if output.retriever_loss is not None:  # a mean over queries, of which every batch has as many
+                loss = loss + output.retriever_loss / len(batches)
+            loss.backward()
             values = {"loss": output.loss, **{name: getattr(output.stats, name) for name in SHOWN}}
             shown.append((share, {name: HostCopy(v) for name, v in values.items() if v is not None}))
+        if self.ict is not None and self.model.train_retriever:
+            ict_loss = self._ict_backward(self.ict, step)
         if step < settings.steps:
             self.ahead = (step + 1, *self._draw_batches(step + 1))  # while the device is at this step
-        means = dict.fromkeys(("loss", *SHOWN), 0.0)
+        means = dict.fromkeys(("loss", *SHOWN), 0.0) | {"ict_loss": ict_loss}
         for share, copies in shown:
             check_loss(copies["loss"].wait(), step, self.optimizer)
             for name, copy in copies.items():
                 means[name] += float(copy.wait()) * share
         return means
+
+    def _ict_backward(self, sampler: IctSampler, step: int) -> float:
+        """Adds the gradient of pretrain.ict_weight times the inverse cloze loss; returns that loss.
+
+        The draws go on where those of the `ict` stage ended. A batch needs all its embeddings at once, so its
+        gradients are cached; the marginal likelihood is a sum over queries, where accumulation does.
+        """
+        settings, ict = self.config.pretrain, self.config.ict
+        examples = sampler.batch(ict.steps + step, settings.ict_queries)
+
+        def loss_of(query_emb: torch.Tensor, block_emb: torch.Tensor) -> torch.Tensor:
+            loss = in_batch_contrastive_loss(query_emb, block_emb, temperature=ict.score_temperature)
+            return settings.ict_weight * loss
+
+        loss = cached_backward(
+            ict_rows(self.store, self.model.embedder, examples, precision=settings.precision),
+            loss_of,
+            token_budget=ict.token_budget,
+            seed=step_seed(self.config.seed, step),
+        )
+        return check_loss(loss, step, self.optimizer) / settings.ict_weight
 
     def _take_batches(self, step: int) -> list[list[MaskedQuery]]:
         """The micro-batches of a step. Repeated draws are counted now, not when they were made."""
@@ -380,7 +430,28 @@ class Pretrainer:
             level=settings.level,
             temperature=settings.score_temperature,
             train_retriever=settings.train_retriever,
+            objective=settings.objective,
+            distill_temperature=settings.distill_temperature,
         )
+
+    def _ict_sampler(self) -> IctSampler | None:
+        """Where the sentences of the inverse cloze term come from; None where it is off."""
+        settings, ict = self.config.pretrain, self.config.ict
+        if not (settings.ict_weight and settings.train_retriever):
+            return None
+        sampler = IctSampler(
+            self.store,
+            self.config.seed,
+            split="train",
+            max_query_tokens=ict.max_query_tokens,
+            keep_sentence_probability=ict.keep_sentence_probability,
+        )
+        if settings.ict_queries > len(sampler):
+            raise ConfigError(
+                f"pretrain.ict_queries: expected at most {len(sampler)}, as so many training blocks have two "
+                f"sentences and are no copies of each other, got {settings.ict_queries}"
+            )
+        return sampler
 
     def _first_snapshot(self, checkpoint: Checkpoint | None) -> IndexSnapshot:
         """The snapshot the checkpoint was trained with; for a new run, one of the starting weights."""

@@ -22,9 +22,13 @@ from realm_fast.checkpoint import checkpoint_steps, newest_checkpoint
 from realm_fast.errors import RealmFastError
 from realm_fast.files import STAGING_PREFIX
 from realm_fast.finetune import finetune
+from realm_fast.qa_model import best_checkpoint
 
-OVERRIDES = ("finetune.steps=36", "finetune.checkpoint_every_steps=4", "finetune.log_every_steps=3")
-TIMING = ("questions_per_s", "step_s")
+OVERRIDES = (
+    "finetune.steps=36", "finetune.checkpoint_every_steps=4", "finetune.log_every_steps=3",
+    "finetune.dev_share=.2", "finetune.evaluate_every_steps=5",
+)  # fmt: skip
+TIMING = ("questions_per_s", "step_s", "evaluation_s")
 
 
 def start(run, config) -> int:
@@ -48,14 +52,22 @@ def wait(child: int) -> int:
 
 
 def outcome(run) -> tuple[list[dict], dict[str, bytes]]:
-    """Every logged figure but the timings, and the bytes of the last checkpoint's weights and optimizer."""
-    lines = [json.loads(line) for line in (run.finetune_dir / "metrics.jsonl").read_text().splitlines()]
+    """Every logged figure but the timings, and the bytes of the last and the best checkpoint's files."""
+    lines = [
+        json.loads(line)
+        for name in ("metrics", "evaluations")
+        for line in (run.finetune_dir / f"{name}.jsonl").read_text().splitlines()
+    ]
     checkpoint = newest_checkpoint(run.finetune_dir / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.step == 36
     checkpoint.verify()
+    best = best_checkpoint(checkpoint)
     files = {
-        name: (checkpoint.path / name).read_bytes() for name in checkpoint.files if "safetensors" in name
+        f"{place}/{name}": (found.path / name).read_bytes()
+        for place, found in (("last", checkpoint), (f"best, step {best.step}", best))
+        for name in found.files
+        if "safetensors" in name
     }
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines], files
 

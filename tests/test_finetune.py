@@ -21,6 +21,7 @@ from test_reading import naive_scores
 from realm_fast import finetune as ft
 from realm_fast.answer import ask
 from realm_fast.checkpoint import checkpoint_steps, newest_checkpoint, save_checkpoint
+from realm_fast.early_stopping import EarlyStopping, Score, split_dev
 from realm_fast.embedder import Embedder
 from realm_fast.errors import (
     ConfigError,
@@ -33,12 +34,13 @@ from realm_fast.errors import (
 )
 from realm_fast.evaluate import evaluate
 from realm_fast.packing import query_input
-from realm_fast.qa_model import untrained_embedder
+from realm_fast.qa_metrics import normalise_answer
+from realm_fast.qa_model import load_qa_model, untrained_embedder
 from realm_fast.questions import Question
 from realm_fast.reader import Reader
 from realm_fast.snapshot_writer import write_snapshot
 
-TIMING = ("questions_per_s", "step_s")
+TIMING = ("questions_per_s", "step_s", "evaluation_s")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +63,12 @@ def learned(folder, store):
     return run, config, ft.finetune(run, config)
 
 
-def lines(run) -> list[dict]:
-    return [json.loads(line) for line in (run.finetune_dir / "metrics.jsonl").read_text().splitlines()]
+def lines(run, name="metrics") -> list[dict]:
+    return [json.loads(line) for line in (run.finetune_dir / f"{name}.jsonl").read_text().splitlines()]
 
 
-def figures(run) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
+def figures(run, name="metrics") -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run, name)]
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -336,6 +338,189 @@ def test_resume_without_a_checkpoint_starts(folder, store, caplog):
     run, config = qa_world.make_run(folder, "early", store, "finetune.steps=1")
     assert ft.finetune(run, config, resume=True).step == 1
     assert "no checkpoint yet" in caplog.text
+
+
+# ---------------------------------------------------------------- early stopping
+
+
+def dev_file(folder, name="dev", asked=None) -> Path:
+    return qa_world.write_questions(folder / f"{name}.jsonl", asked or qa_world.questions(24)[:7])
+
+
+def scripted(monkeypatch, scores):
+    """Evaluations that come out as `scores` ({step: (EM, F1)}), whatever was answered."""
+    trainers, summarise, evaluate_dev = [], ft.summarise, ft.Trainer._evaluate
+
+    def note(self, evaluations):
+        trainers.append(self)
+        return evaluate_dev(self, evaluations)
+
+    def rows(*arguments):
+        row, reachable = summarise(*arguments)
+        exact, f1 = scores[trainers[-1].step]
+        return [
+            {**row, "exact_match": exact, "f1": f1, "recall": dict.fromkeys(row["recall"], 50.0)},
+            reachable,
+        ]
+
+    monkeypatch.setattr(ft.Trainer, "_evaluate", note)
+    monkeypatch.setattr(ft, "summarise", rows)
+
+
+def test_the_best_is_kept_and_answers_and_training_stops(folder, store, monkeypatch, caplog):
+    caplog.set_level("INFO", "realm_fast")
+    run, config = qa_world.make_run(
+        folder, "stops", store, f"finetune.dev_questions={dev_file(folder)}", "finetune.retriever_beam=24",
+        "finetune.evaluate_every_steps=2", "finetune.patience=2", "finetune.keep_checkpoints=1",
+        "finetune.checkpoint_every_steps=5", "finetune.log_every_steps=100",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        # a gain, a gain by F1, the same again, worse: that is patience
+        scripted(patch, {2: (10.0, 20.0), 4: (10.0, 25.0), 6: (10.0, 25.0), 8: (5.0, 90.0)})
+        result = ft.finetune(run, config)
+    assert (result.step, result.best_step) == (8, 4)
+    assert result.checkpoint == run.finetune_dir / "checkpoints" / "step-00000004"
+    assert checkpoint_steps(run.finetune_dir / "checkpoints") == [4, 8]  # the best, and the last
+    assert [(line["step"], line["best"]) for line in lines(run, "evaluations")] == [
+        (2, True), (4, True), (6, False), (8, False),
+    ]  # fmt: skip
+    assert [line["step"] for line in lines(run)] == [8]  # what was not logged yet is, at the end
+    assert "no gain in 2 evaluations: stopped after step 8 of 12; step 4 was the best" in caplog.text
+    stage = json.loads(run.stages_path.read_text().splitlines()[-1])["details"]
+    assert (stage["steps"], stage["best_step"], stage["left_out_as_dev"]) == (8, 4, 7)
+    assert stage["dev_questions"]["trainable"] == 7
+    again = ft.finetune(run, config, resume=True)  # stopped is finished
+    assert (again.step, again.loss, again.best_step) == (8, None, 4)
+    assert evaluate(run, config)["checkpoint"] == "finetune/checkpoints/step-00000004"
+    best = load_file(result.checkpoint / "span_reader" / "model.safetensors")
+    last = load_file(run.finetune_dir / "checkpoints/step-00000008/span_reader/model.safetensors")
+    assert not torch.equal(best["score.weight"], last["score.weight"])
+    used = load_qa_model(run, config).span_reader.state_dict()
+    assert torch.equal(used["score.weight"], best["score.weight"])
+    assert ask(run, "What is the capital of it?")[0].text
+    shutil.rmtree(result.checkpoint)
+    with pytest.raises(DataError, match=r"step-00000004: no such checkpoint"):
+        evaluate(run, config)
+
+
+def test_what_is_evaluated_is_what_evaluation_finds_later(folder, store):
+    dev = dev_file(folder)
+    run, config = qa_world.make_run(
+        folder, "figures", store, f"finetune.dev_questions={dev}", f"evaluate.questions={dev}",
+        "evaluate.recall_at=1,3", "finetune.retriever_beam=24", "finetune.steps=60",
+        "finetune.evaluate_every_steps=20", "finetune.checkpoint_every_steps=20", "finetune.keep_checkpoints=3",
+    )  # fmt: skip
+    result = ft.finetune(run, config)
+    record = lines(run, "evaluations")
+    assert [line["step"] for line in record] == [20, 40, 60]
+    assert len({line["recall"]["1"] for line in record}) > 1  # it learns between them
+    scores = [(line["exact_match"], line["f1"], line["recall"]["3"]) for line in record]
+    assert result.best_step == record[scores.index(max(scores))]["step"]
+    for line in record:
+        path = run.finetune_dir / "checkpoints" / f"step-{line['step']:08d}"
+        (row, _) = evaluate(run, config, checkpoint=str(path))["sets"]
+        names = ("questions", "exact_match", "f1", "recall", "retrieval_utility")
+        assert {name: row[name] for name in names} == {name: line[name] for name in names}
+
+
+def test_looking_at_dev_questions_changes_no_step(folder, store):
+    train = dev_file(folder, "half", qa_world.questions(24)[7:])
+    plain, config = qa_world.make_run(folder, "blind", store, f"finetune.questions={train}")
+    ft.finetune(plain, config)
+    seen, config = qa_world.make_run(
+        folder, "seen", store, f"finetune.questions={train}", f"finetune.dev_questions={dev_file(folder)}",
+        "finetune.evaluate_every_steps=3",
+    )  # fmt: skip
+    ft.finetune(seen, config)
+    assert figures(seen) == figures(plain)
+    assert equal(weights(seen), weights(plain))
+
+
+def test_resume_amid_evaluations_is_bit_exact(folder, store, monkeypatch):
+    settings = ("finetune.dev_share=.25", "finetune.evaluate_every_steps=2", "finetune.patience=3",
+                "finetune.checkpoint_every_steps=3", "finetune.keep_checkpoints=1")  # fmt: skip
+    scores = {2: (5.0, 1.0), 4: (6.0, 1.0), 6: (4.0, 1.0), 8: (4.0, 1.0), 10: (4.0, 1.0)}
+    scripted(monkeypatch, scores)
+    whole, config = qa_world.make_run(folder, "dev-whole", store, *settings)
+    assert ft.finetune(whole, config).step == 10
+    broken, config = qa_world.make_run(folder, "dev-broken", store, *settings)
+    update = ft.Trainer._update
+
+    def crash(self, batch):
+        if self.step == 9:  # after the evaluation of step 8, of which no checkpoint knows
+            raise RuntimeError("the machine went away")
+        return update(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ft.Trainer, "_update", crash)
+        with pytest.raises(RuntimeError):
+            ft.finetune(broken, config)
+    assert checkpoint_steps(broken.finetune_dir / "checkpoints") == [4, 6]
+    assert len(lines(broken, "evaluations")) == 4
+    assert ft.finetune(broken, config, resume=True).best_step == 4
+    assert figures(broken, "evaluations") == figures(whole, "evaluations")
+    assert figures(broken) == figures(whole)
+    assert equal(weights(broken), weights(whole))
+    states = [newest_checkpoint(r.finetune_dir / "checkpoints").state for r in (broken, whole)]
+    assert states[0]["early_stopping"] == states[1]["early_stopping"] == {
+        "patience": 3, "best_step": 4, "best": [6.0, 1.0, 50.0], "without_gain": 3,
+    }  # fmt: skip
+
+
+def test_a_share_is_kept_for_dev_and_its_words_are_not_trained_on(folder, store):
+    asked = [*qa_world.questions(24), Question("again/1", "what is the CAPITAL of  Nobonu", ["x"])]
+    asked[0] = dataclasses.replace(asked[0], text="What is the capital of Nobonu?")
+    splits = {}
+    for seed in range(6):
+        config = qa_world.settings(folder, f"seed={seed}", "finetune.dev_share=.3")
+        split = splits[seed] = split_dev(asked, config)
+        assert split == split_dev(asked, config)
+        assert len(split.dev) == 15  # .3 x 49, rounded
+        assert len(split.train) + len(split.dev) + split.left_out == 49
+        texts = [{normalise_answer(q.text) for q in part} for part in (split.train, split.dev)]
+        assert not texts[0] & texts[1]
+        both = {"capital/0", "again/1"} & {q.id for q in split.dev}
+        assert split.left_out == (len(both) == 1)
+    assert len({tuple(q.id for q in split.dev) for split in splits.values()}) == 6
+    assert {split.left_out for split in splits.values()} == {0, 1}
+
+
+def test_early_stopping_by_hand():
+    watch = EarlyStopping(patience=2)
+    given = [((0, 0, 0), True), ((5, 9, 9), True), ((5, 9, 9.5), True), ((5, 9, 9), False), ((6, 0, 0), True),
+             ((6, 0, 0), False), ((5, 99, 99), False)]  # fmt: skip
+    for step, (score, gain) in enumerate(given, start=1):
+        assert not watch.stop
+        assert watch.note(step, Score(*score)) is gain
+        watch = EarlyStopping.restore(json.loads(json.dumps(watch.state())))
+    assert watch.stop
+    assert (watch.best_step, watch.best) == (5, (6, 0, 0))
+    never = EarlyStopping(patience=0)
+    assert [never.note(step, Score(1, 1, 1)) for step in range(99)] == [True] + 98 * [False]
+    assert not never.stop
+
+
+def test_dev_questions_that_cannot_be(folder, store):
+    dev = dev_file(folder)
+    everything = dev_file(folder, "everything", qa_world.questions(24))
+    hopeless = dev_file(folder, "hopeless", [Question("h/1", "Where is it?", ["mountains"])])
+    for number, (overrides, error, message) in enumerate(
+        (
+            (["patience=3"], ConfigError, "finetune.patience: 3 evaluations without gain need dev questions"),
+            ([f"dev_questions={dev}", "dev_share=.1"], ConfigError, r"finetune.dev_share: expected 0 where"),
+            (["dev_share=.001"], DataError, r"finetune.dev_share: 0.001 of 48 questions is no question"),
+            ([f"dev_questions={everything}"], DataError, "no question is left to train on: 48 are kept for"),
+            (["dev_questions=nowhere"], DataError, "nowhere: no such file"),
+            (
+                [f"dev_questions={hopeless}"], DataError,
+                r"dev, .*hopeless.jsonl: no question can be evaluated on \(0 of 1 questions are to evaluate on",
+            ),
+        )
+    ):  # fmt: skip
+        run, config = qa_world.make_run(folder, f"odd-{number}", store, *(f"finetune.{o}" for o in overrides))
+        with pytest.raises(error, match=message):
+            ft.finetune(run, config)
+        assert not checkpoint_steps(run.finetune_dir / "checkpoints")
 
 
 # ---------------------------------------------------------------- what can go wrong

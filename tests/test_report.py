@@ -295,6 +295,12 @@ def test_curves_carry_every_logged_value(page):
     accuracy = charts[("accuracy",)]["series"][0]["points"]
     assert [p[1] for p in accuracy] == pytest.approx([100 * m["masked_accuracy"] for m in metrics], rel=1e-4)
     assert ("retriever", "reader") in charts
+    exact, f1 = charts[("exact match", "F1")]["series"]
+    assert [p[:2] for p in exact["points"]] == [
+        [e["step"], e["exact_match"]] for e in synthetic.dev_evaluations()
+    ]
+    assert f1["points"][0][1] == synthetic.dev_evaluations()[0]["f1"]
+    assert "Step 200 was the best and is what answers: exact match 9.5%, F1 14.0%" in page.text
 
 
 def test_staleness_is_a_saw_tooth_with_a_mark_at_each_refresh(page):
@@ -749,6 +755,7 @@ def test_a_torn_last_line_of_a_killed_run_is_passed_over(run):
         ("finetune/metrics.jsonl", '{"step": 1, "reader_loss": true}\n', r"finetune/metrics\.jsonl:1: reader_loss: expected a number, got true"),
         ("evaluate/results.json", "{}", r"results\.json: sets is missing"),
         ("evaluate/results.json", '{"sets": [{"name": "a", "subset": "all", "questions": 1, "exact_match": "50"}]}', r"results\.json: sets\[0\]\.exact_match: expected a number between 0 and 100"),
+        ("finetune/evaluations.jsonl", '{"step": 1}\n', r"finetune/evaluations\.jsonl:1: questions is missing"),
         ("evaluate/predictions.jsonl", '{"id": "a"}\n', r"predictions\.jsonl:1: question is missing"),
     ],
 )  # fmt: skip

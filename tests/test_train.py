@@ -1,5 +1,6 @@
 """The pre-training loop: what it learns, that resuming changes nothing, and what it refuses."""
 
+import functools
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from realm_fast.checkpoint import checkpoint_steps, newest_checkpoint
+from realm_fast.checkpoint import checkpoint_name, checkpoint_steps, newest_checkpoint, read_checkpoint
 from realm_fast.config import apply_overrides
 from realm_fast.errors import (
     ConfigError,
@@ -24,9 +25,12 @@ from realm_fast.errors import (
     UserError,
 )
 from realm_fast.metrics import read_jsonl, read_metrics
+from realm_fast.model import realm_step
+from realm_fast.objective import emdr2_retriever_loss, perplexity_distillation_loss
 from realm_fast.optim import step_seed
 from realm_fast.ownership import Sighting, own
 from realm_fast.refresher import run_refresher
+from realm_fast.retriever import retrieve_candidates
 from realm_fast.run_folder import RunFolder
 from realm_fast.signals import StopRequest
 from realm_fast.snapshot import list_snapshots, snapshot_name
@@ -273,6 +277,7 @@ def pretrain_with(trainer):
 
 SCRIPT = """
 import sys, torch
+from realm_fast.retriever import retrieve_candidates
 from realm_fast.run_folder import RunFolder
 from realm_fast.train import pretrain
 torch.set_num_threads(1)
@@ -497,3 +502,143 @@ def test_a_stop_while_it_waits_for_an_index_ends_it(tmp_path, store):
             Pretrainer(run, config, resume=False, progress=False, stop=stop)
     pretrain(run, config)
     assert losses(run)[STEPS]
+
+
+def test_the_retriever_is_frozen_for_the_first_steps_only(tmp_path, store):
+    run, config = new_run(
+        tmp_path, store, "pretrain.steps=4", "pretrain.freeze_retriever_steps=2", "pretrain.illustrations=0",
+        "pretrain.checkpoint_every_steps=1", "pretrain.keep_checkpoints=9", "pretrain.weight_decay=0",
+    )  # fmt: skip
+    pretrain(run, config, measure=False)
+    folder = run.pretrain_dir / "checkpoints"
+
+    def hashes(module):
+        return [
+            read_checkpoint(folder / checkpoint_name(step)).files[f"{module}/model.safetensors"]["sha256"]
+            for step in (1, 2, 3, 4)
+        ]
+
+    embedder, reader = hashes("embedder"), hashes("reader")
+    assert embedder[0] == embedder[1]
+    assert len(set(embedder[1:])) == 3
+    assert len(set(reader)) == 4
+
+
+@pytest.mark.parametrize("objective", ["emdr2", "pdist"])
+def test_other_objectives_give_each_half_its_own_loss(tmp_path, store, objective):
+    """The reader's gradient is that of the marginal likelihood; the retriever's, of its loss by the table."""
+    run, config = new_run(
+        tmp_path, store, f"pretrain.objective={objective}", "pretrain.distill_temperature=0.5",
+        "embedder.dropout=0",
+    )  # fmt: skip
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+    model = trainer.model.eval()
+    queries = trainer.masker.queries(1, 6)
+
+    def gradients(kind):
+        model.objective = kind
+        model.zero_grad()
+        output, _ = realm_step(model, trainer.snapshot.index, store, queries, num_candidates=3)
+        (output.loss + (0 if output.retriever_loss is None else output.retriever_loss)).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, output
+
+    marginal, _ = gradients("marginal")
+    separate, output = gradients(objective)
+    for name in marginal:
+        if name.startswith("reader."):
+            torch.testing.assert_close(separate[name], marginal[name], rtol=1e-4, atol=1e-7)
+    assert any(
+        not torch.allclose(separate[n], marginal[n], rtol=1e-2) for n in marginal if n.startswith("embedder.")
+    )
+    scores, _ = model.fresh_scores(store, queries, _candidates(trainer, queries))
+    loss_of = {
+        "emdr2": emdr2_retriever_loss,
+        "pdist": functools.partial(perplexity_distillation_loss, temperature=0.5),
+    }[objective]
+    counted = torch.tensor(
+        [[m < len(q.labels) for m in range(max(len(q.labels) for q in queries))] for q in queries]
+    )
+    model.zero_grad()
+    loss_of(output.marginal.gold_log_prob, scores, counted).backward()
+    for name, parameter in model.embedder.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(separate[f"embedder.{name}"], parameter.grad, rtol=1e-4, atol=1e-7)
+    trainer.close()
+
+
+def _candidates(trainer, queries):
+    return retrieve_candidates(
+        trainer.snapshot.index, trainer.store, trainer.model.search_emb(queries), queries, num_candidates=3
+    )
+
+
+def test_other_objectives_accumulate_and_resume(tmp_path, store):
+    config = qa_world.settings(
+        store.path.parent, *SETTINGS, "pretrain.objective=pdist", "pretrain.illustrations=0",
+        "embedder.dropout=0", "masking.max_masks=1", "reader.trunk=fresh:layers=1,hidden=32,heads=2,dropout=0",
+        "embedder.trunk=fresh:layers=1,hidden=32,heads=2,dropout=0",
+    )  # fmt: skip
+    sums = []
+    for size, batches in ((4, 1), (2, 2)):
+        parts = apply_overrides(
+            config, [f"pretrain.batch_queries={size}", f"pretrain.accumulate_batches={batches}"]
+        )
+        trainer = Pretrainer(
+            RunFolder.create(tmp_path / f"{size}", parts, store), parts, resume=False, progress=False
+        )
+        trainer.model.train()
+        trainer._forward_backward(1, with_accuracy=False)
+        sums.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        trainer.close()
+    for name, whole in sums[0].items():
+        torch.testing.assert_close(sums[1][name], whole, rtol=1e-3, atol=1e-6)
+
+
+def test_the_inverse_cloze_term_adds_its_gradient_and_resumes(tmp_path, store):
+    overrides = ("pretrain.ict_weight=0.5", "pretrain.ict_queries=8", "pretrain.illustrations=0")
+    run, config = new_run(tmp_path, store, *overrides)
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+
+    def gradients():
+        trainer.model.zero_grad()
+        torch.manual_seed(0)
+        shown = trainer._forward_backward(1, with_accuracy=False)
+        return [p.grad.clone() for p in trainer.model.embedder.parameters() if p.grad is not None], shown
+
+    together, shown = gradients()
+    sampler, trainer.ict = trainer.ict, None
+    without, off = gradients()
+    trainer.model.zero_grad()
+    loss = trainer._ict_backward(sampler, 1)
+    alone = [p.grad for p in trainer.model.embedder.parameters() if p.grad is not None]
+    assert shown["ict_loss"] == pytest.approx(loss, rel=1e-5)
+    assert off["ict_loss"] == 0
+    assert all(float(part.abs().max()) > 0 for part in alone[-2:])
+    for a, b, c in zip(together, without, alone, strict=True):
+        torch.testing.assert_close(a, b + c, rtol=1e-4, atol=1e-6)
+    trainer.close()
+
+    whole = new_run(tmp_path / "whole", store, *overrides)[0]
+    pretrain(whole, config, measure=False)
+    steps = []
+    stopped = new_run(tmp_path / "stopped", store, *overrides)[0]
+    with pytest.raises(Interrupted):
+        pretrain(stopped, config, measure=False, on_step=functools.partial(_stop_at, steps, 5))
+    pretrain(stopped, config, resume=True, measure=False, on_step=steps.append)
+    assert steps == list(range(1, STEPS + 1))
+    assert losses(stopped) == losses(whole)
+    lines = read_metrics(stopped.pretrain_dir / "metrics.jsonl")
+    assert all(line["ict_loss"] > 0 for line in lines)
+
+
+def _stop_at(steps, last, step):
+    steps.append(step)
+    if step == last:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)  # the handler runs between two bytecodes of this thread
+
+
+def test_an_inverse_cloze_batch_larger_than_the_corpus_is_refused(tmp_path, store):
+    run, config = new_run(tmp_path, store, "pretrain.ict_weight=1", "pretrain.ict_queries=100000")
+    with pytest.raises(ConfigError, match=r"pretrain.ict_queries: expected at most \d+"):
+        pretrain(run, config)

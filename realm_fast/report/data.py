@@ -116,6 +116,14 @@ WARMUP_EVALUATION = {
     "nll_evidence": float, "nll_null": float, "nll_random": float,
     "accuracy_evidence": Share, "accuracy_null": Share, "accuracy_random": Share,
 }  # fmt: skip
+DEV_EVALUATION = {
+    "step": int,
+    "questions": int,
+    "exact_match": Percentage,
+    "f1": Percentage,
+    "recall": {"*": Percentage},
+    "best": bool,
+}
 STAGE = {
     "stage": str,
     "seconds": float,
@@ -181,6 +189,7 @@ class RunData:
     evaluations: list[Record] | None
     illustrations: list[Record] | None
     finetune_metrics: list[Record] | None
+    dev_evaluations: list[Record] | None
     results: Record | None
     predictions: list[Record] | None
     corpus: Record | None  # the token store's manifest
@@ -218,6 +227,9 @@ class RunData:
             ),
             illustrations=_illustrations(path / "pretrain" / "illustrations.json"),
             finetune_metrics=_optional_metrics(path / "finetune" / "metrics.jsonl"),
+            dev_evaluations=_optional_lines(
+                path / "finetune" / "evaluations.jsonl", "the evaluations", DEV_EVALUATION
+            ),
             results=_optional_json(path / "evaluate" / "results.json", "the results", RESULTS),
             predictions=_optional_lines(
                 path / "evaluate" / "predictions.jsonl", "the predictions", PREDICTION

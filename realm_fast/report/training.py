@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from realm_fast.report.charts import (
     Change,
+    Mark,
     before_after,
     line_chart,
     smoothing_half_life,
 )
 from realm_fast.report.data import SUBSETS, Record, RunData, cutoff_order
-from realm_fast.report.markup import Markup, join, number, percent, tag, whole_percent
+from realm_fast.report.markup import Markup, count, join, number, percent, tag, whole_percent
 from realm_fast.report.parts import REACHABLE, difference, missing, series, table
 from realm_fast.report.refreshes import refresh_charts
 
@@ -113,7 +114,29 @@ def _finetune_curves(data: RunData) -> Markup | None:
             note="With an answer in a retrieved block, or in a block read. Others have no gradient.",
         ),
     ]
+    if data.dev_evaluations:
+        shown.append(_dev_chart(data.dev_evaluations))
     return join([tag("h3", "Fine-tuning on questions"), tag("div", shown, cls="charts")])
+
+
+def _dev_chart(evaluations: list[Record]) -> Markup:
+    """Exact match and F1 on the questions kept out of training, the best step marked."""
+    best = [line for line in evaluations if line["best"]][-1]
+    widest = sorted(best["recall"], key=cutoff_order)[-1]
+    return line_chart(
+        [
+            series(evaluations, "exact_match", "exact match", 1, smooth=False),
+            series(evaluations, "f1", "F1", 2, smooth=False),
+        ],
+        title="Dev questions",
+        unit=f"% of {count(best['questions'], 'question')}",
+        from_zero=True,
+        show=whole_percent,
+        marks=[Mark(best["step"], "best")],
+        note=f"Not trained on. Step {best['step']:,} was the best and is what answers: exact match "
+        f"{percent(best['exact_match'])}, F1 {percent(best['f1'])}, an answer in a block read for "
+        f"{percent(best['recall'][widest])}.",
+    )
 
 
 def what_changed(data: RunData) -> Markup:

@@ -1,0 +1,142 @@
+"""Means, spreads, and what of them is beyond the seeds' spread; as Markdown and as a plot."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from realm_fast.errors import MissingDependencyError
+from realm_fast.files import atomic_file
+
+Values = Mapping[str, float | None]
+
+
+def summarise(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds that were finished; the diverged ones by name.
+
+    The standard deviation is that of a sample (n - 1); None with fewer than two seeds.
+    """
+    done = [result for result in results if result["status"] == "done"]
+    metrics = {}
+    for name in names:
+        values = [r["measured"][name] for r in done if r["measured"].get(name) is not None]
+        metrics[name] = {
+            "mean": statistics.fmean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "values": values,
+        }
+    return {
+        "seeds": [result["seed"] for result in done],
+        "diverged": [
+            {"seed": result["seed"], "error": result["error"]}
+            for result in results
+            if result["status"] == "diverged"
+        ],
+        "metrics": metrics,
+        "seconds": statistics.fmean([r["seconds"] for r in done]) if done else None,
+        "peak_rss_bytes": max((r["peak_rss_bytes"] for r in done), default=None),
+    }
+
+
+def beyond_spread(arm: Mapping[str, Any], reference: Mapping[str, Any]) -> str | None:
+    """ "higher" or "lower" where the means differ by more than both standard deviations together, else "no".
+
+    Args:
+        arm, reference: a metric of `summarise`.
+
+    Returns:
+        None where one of them has no spread.
+    """
+    if arm["std"] is None or reference["std"] is None:
+        return None
+    difference = arm["mean"] - reference["mean"]
+    if abs(difference) <= arm["std"] + reference["std"]:
+        return "no"
+    return "higher" if difference > 0 else "lower"
+
+
+def with_spread(metric: Mapping[str, Any], *, scale: float = 1, digits: int = 1) -> str:
+    """ "12.3 ± 0.4"; without the second part for a single seed, "–" where nothing was measured."""
+    if metric["mean"] is None or math.isnan(metric["mean"]):
+        return "–"
+    text = f"{scale * metric['mean']:.{digits}f}"
+    return text if metric["std"] is None else f"{text} ± {scale * metric['std']:.{digits}f}"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; every cell but the first of a row is a figure."""
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def seeds_cell(summary: Mapping[str, Any]) -> str:
+    """How many seeds, and which diverged."""
+    count = str(len(summary["seeds"]))
+    diverged = ", ".join(str(d["seed"]) for d in summary["diverged"])
+    return f"{count} (diverged: seed {diverged})" if diverged else count
+
+
+def stage_rows(stages: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Rows of the table of what each stage took."""
+    return [
+        [s["stage"], f"{s['seconds']:,.0f}", f"{s['peak_rss_bytes'] / 1e6:,.0f}"]
+        for s in stages
+        if s["seconds"] is not None
+    ]
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path, "w") as file:
+        file.write(text)
+
+
+def import_pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files; named by its extra where it is missing."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependencyError("the plot needs matplotlib: pip install 'realm_fast[bench]'") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot(
+    path: Path,
+    titles: Sequence[str],
+    panels: Sequence[tuple[str, Sequence[Mapping[str, Any]], float]],
+) -> None:
+    """Draws one panel for each metric, one row for each arm, bars of one standard deviation; the first arm's
+    mean is carried down as a line.
+
+    Args:
+        titles: of the arms.
+        panels: (name of the metric with its unit, its summaries in the arms' order, factor).
+    """
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 4 * len(panels), 1.2 + 0.4 * len(titles)), sharey=True, squeeze=False
+    )
+    for axis, (name, metrics, scale) in zip(axes[0], panels, strict=True):
+        for row, metric in enumerate(metrics):
+            if metric["mean"] is not None:
+                axis.errorbar(
+                    scale * metric["mean"], row, xerr=scale * (metric["std"] or 0), fmt="o", capsize=3,
+                    color="tab:blue" if row else "black",
+                )  # fmt: skip
+            axis.plot([scale * v for v in metric["values"]], [row] * len(metric["values"]), "|", color="gray")
+        if metrics and metrics[0]["mean"] is not None:
+            axis.axvline(scale * metrics[0]["mean"], color="black", linewidth=0.6, linestyle=":")
+        axis.set_xlabel(name)
+    axes[0][0].set_yticks(range(len(titles)), titles)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
