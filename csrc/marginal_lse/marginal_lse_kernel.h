@@ -33,6 +33,14 @@ REALM_FAST_INLINE void store_some(void* base, int dtype, int64_t begin, int64_t 
   for (int i = 0; i < V::lanes && i < count; ++i) write(base, dtype, begin + i, value[i]);
 }
 
+// Where the vector that ends a row of `positions` begins: at `begin`, or earlier, so that it is a full one.
+// Lanes before `begin` are then done a second time, to the same values; one by one the last of a row cost
+// more than the rest.
+template <class V>
+REALM_FAST_INLINE int64_t first_lane(int64_t begin, int64_t positions) {
+  return positions >= V::lanes && begin + V::lanes > positions ? positions - V::lanes : begin;
+}
+
 // Turns the running max and sum of exponentials of `lanes` mixtures into their log, and says what to multiply
 // exp(x - max) by to get responsibilities: 1 / sum, but 0 where nothing is possible and NaN after a +inf.
 template <class V>
@@ -65,8 +73,8 @@ void forward_token(const MarginalLse& a, int64_t b) {
   using T = typename V::scalar;
   using vec = typename V::vec;
   const int acc = sizeof(T) == 4 ? kFloat32 : kFloat64;
-  for (int64_t m0 = 0; m0 < a.positions; m0 += V::lanes) {
-    const int64_t count = a.positions - m0;
+  for (int64_t begin = 0; begin < a.positions; begin += V::lanes) {
+    const int64_t m0 = first_lane<V>(begin, a.positions), count = a.positions - m0;
     vec active = vec{};  // 1 where the position counts
     for (int i = 0; i < V::lanes; ++i) {
       active[i] = i < count && (a.mask == nullptr || a.mask[b * a.positions + m0 + i] != 0) ? 1 : 0;
@@ -188,12 +196,13 @@ void backward(const MarginalLseBackward& a, int64_t b) {
       continue;
     }
     vec sum = vec{};
-    for (int64_t m0 = 0; m0 < a.positions; m0 += V::lanes) {
-      const int64_t count = a.positions - m0;
+    for (int64_t begin = 0; begin < a.positions; begin += V::lanes) {
+      const int64_t m0 = first_lane<V>(begin, a.positions), count = a.positions - m0;
       const vec r = load_some<V>(a.responsibility, acc, row * a.positions + m0, count, 0);
       const vec grad = load_some<V>(a.grad, acc, b * a.positions + m0, count, 0);
-      const vec d = r == 0 ? vec{} : grad * r;  // masked and absent stay 0 under any upstream gradient
+      vec d = r == 0 ? vec{} : grad * r;  // masked and absent stay 0 under any upstream gradient
       store_some<V>(a.d_gold, a.dtype, row * a.positions + m0, count, d);
+      for (int64_t i = 0; i < begin - m0; ++i) d[i] = 0;  // summed before
       sum += d;
     }
     T total = 0;
