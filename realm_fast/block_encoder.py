@@ -19,7 +19,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
+def resolve_precision(precision: Precision, device: torch.device) -> Precision:
     """What "auto" means on a device: bfloat16 where it has instructions for it, float32 elsewhere.
 
     Raises:

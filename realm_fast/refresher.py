@@ -111,7 +111,7 @@ def follow(
     """
     with contextlib.ExitStack() as stack:
         owner = _own_when_free(stack, task.folder, should_stop, patience_s)
-        served: tuple[int, str] | None = None
+        served: tuple[int, str, str] | None = None
         speaker = _Speaker(handover)
         back_off_s = RETRY_AFTER_S
         while owner is not None and not should_stop():

@@ -53,7 +53,7 @@ class _Plan:
     corpus_hash: str
     backend: str
     dtype: str
-    precision: str
+    precision: Precision
     dim: int
     num_blocks: int
     shard_blocks: int
