@@ -52,7 +52,7 @@ class BlockEncoder(Protocol):
         """Tokens that `encode` computes, padding included."""
 
 
-def block_encoder(embedder: Embedder, precision: str) -> BlockEncoder:
+def block_encoder(embedder: Embedder, precision: Precision) -> BlockEncoder:
     """The fastest encoder for the embedder's trunk, device and precision."""
     chosen = resolve_precision(precision, embedder.device)
     trunk = embedder.block_side.trunk

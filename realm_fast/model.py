@@ -203,7 +203,8 @@ class RealmModel(nn.Module):
         self, gold_log_prob: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
         if self.objective == "emdr2":
-            return emdr2_retriever_loss(gold_log_prob, scores, mask)
+            # Of whole spans: token by token its gradient is the marginal likelihood's own.
+            return emdr2_retriever_loss(gold_log_prob, scores, mask, level="sequence")
         return perplexity_distillation_loss(gold_log_prob, scores, mask, temperature=self.distill_temperature)
 
     def fresh_scores(

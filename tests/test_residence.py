@@ -186,7 +186,7 @@ class Refreshed:
     def submit(self, step, embedder, *, shard_order=None):
         self.submitted = (step, shard_order)
 
-    def make_now(self, step, embedder, *, progress=False):
+    def make_now(self, step, embedder, *, should_stop=None, progress=False):
         return Snapshot(step, embedder)
 
     def poll(self):

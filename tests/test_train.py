@@ -552,7 +552,7 @@ def test_other_objectives_give_each_half_its_own_loss(tmp_path, store, objective
     )
     scores, _ = model.fresh_scores(store, queries, _candidates(trainer, queries))
     loss_of = {
-        "emdr2": emdr2_retriever_loss,
+        "emdr2": functools.partial(emdr2_retriever_loss, level="sequence"),
         "pdist": functools.partial(perplexity_distillation_loss, temperature=0.5),
     }[objective]
     counted = torch.tensor(

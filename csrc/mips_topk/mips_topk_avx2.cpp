@@ -310,15 +310,16 @@ template <class Op, int kWidth>
   }
 }
 
+[[gnu::always_inline]] inline int group_width(const ScanRun& run, int64_t group) {
+  return group + 1 == run.num_groups ? run.last_width : kGroupQueries;
+}
+
 template <class Op>
 [[gnu::always_inline]] inline void scan(const ScanRun& run) {
   const int64_t group_bytes = run.steps * kGroupQueries * Op::kQueryStepBytes;
-  const auto width = [&run](int64_t group) {
-    return group + 1 == run.num_groups ? run.last_width : kGroupQueries;
-  };
   int64_t steps = 0;  // of all tiles of a panel; over them the next panel is fetched
   for (int64_t group = run.first_group; group < run.end_group; ++group) {
-    steps += passes_of<Op>(width(group)) * run.steps * Op::kTileSteps;
+    steps += passes_of<Op>(group_width(run, group)) * run.steps * Op::kTileSteps;
   }
   const int64_t stride = steps > 0 ? (run.panel_bytes + steps - 1) / steps : 0;
   for (int64_t panel = 0; panel < run.num_panels; ++panel) {
@@ -328,7 +329,7 @@ template <class Op>
     for (int64_t group = run.first_group; group < run.end_group; ++group) {
       const char* queries = run.queries + group * group_bytes;
       const int64_t query = group * kGroupQueries;
-      switch (width(group)) {
+      switch (group_width(run, group)) {
         case 1:
           whole_panel<Op, 1>(run, data, queries, query, panel, ahead);
           break;
