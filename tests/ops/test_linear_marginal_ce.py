@@ -22,13 +22,6 @@ REDUCTIONS = ["mean", "sum", "none"]
 NAMES = ("hidden", "weight", "bias", "scores")
 
 
-@pytest.fixture(params=_native.available_cpu_levels())
-def cpu_level(request):
-    _native.force_cpu_level(request.param)
-    yield request.param
-    _native.force_cpu_level("")
-
-
 def make(shape=(3, 4, 5, 24, 61), dtype=torch.float64, seed=0, ragged=True):
     """hidden, weight, bias, labels, scores; ragged: some positions ignored, a query ignored, slots absent."""
     batch, candidates, positions, width, vocab = shape

@@ -8,20 +8,12 @@ from test_linear_marginal_ce import NAMES, assert_right, differentiable, double,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import realm_fast as rf
-from realm_fast import _native
 from realm_fast.ops import linear_marginal_ce as lce
 
 INF, NAN = float("inf"), float("nan")
 REDUCTIONS = ["mean", "sum"]
 SHAPE = (7, 4, 5, 24, 301)
 CHUNK_BYTES = {torch.float32: 60_000, torch.float64: 120_000}  # 32 rows of logits, of a hundred or so
-
-
-@pytest.fixture(params=_native.available_cpu_levels())
-def cpu_level(request):
-    _native.force_cpu_level(request.param)
-    yield request.param
-    _native.force_cpu_level("")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import realm_fast as rf
-from realm_fast import _native
 
 STORAGE_AND_AUTOCAST = {
     "float64": (torch.float64, None),
@@ -17,13 +16,6 @@ STORAGE_AND_AUTOCAST = {
     "float16": (torch.float16, None),
     "float32 under autocast": (torch.float32, torch.bfloat16),
 }
-
-
-@pytest.fixture(params=_native.available_cpu_levels())
-def cpu_level(request):
-    _native.force_cpu_level(request.param)
-    yield request.param
-    _native.force_cpu_level("")
 
 
 @pytest.fixture

@@ -21,13 +21,6 @@ CPU_LEVELS = _native.available_cpu_levels()
 LEVELS = ["token", "sequence"]
 
 
-@pytest.fixture(params=CPU_LEVELS)
-def cpu_level(request):
-    _native.force_cpu_level(request.param)
-    yield request.param
-    _native.force_cpu_level("")
-
-
 def make(batch, candidates, positions, dtype=torch.float64, seed=0, absent=True, offset=0.0):
     """gold, candidate, mask: some slots absent, some positions masked, one query masked altogether."""
     generator = torch.Generator().manual_seed(seed)
