@@ -14,6 +14,7 @@ arrive while a refresh is running wait; only the newest are kept, since an index
 before it was done. docs/refresh.md has the whole protocol.
 """
 
+import abc
 import contextlib
 import copy
 import hashlib
@@ -181,7 +182,7 @@ class InlineRefresher(NoRefresher):
         return self._ready is not None
 
 
-class LiveRefresher(NoRefresher):
+class LiveRefresher(NoRefresher, abc.ABC):
     """What the modes share in which the trainer goes on: a watch over the folder, and what it waits for."""
 
     def __init__(self, task: RefreshTask) -> None:
@@ -235,10 +236,11 @@ class LiveRefresher(NoRefresher):
         if step == self._pending_step:
             self._pending_step = None
 
+    @abc.abstractmethod
     def _hand_over(
         self, step: int, encoder_hash: str, embedder: Embedder, shard_order: Sequence[int] | None
     ) -> None:
-        raise NotImplementedError
+        """Gives the weights to whoever embeds."""
 
     def _listen(self) -> None:
         """Called by the watch's thread again and again."""

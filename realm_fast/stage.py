@@ -7,6 +7,7 @@ A stage writes RUN/NAME/{metrics.jsonl,evaluations.jsonl,tensorboard/,checkpoint
 choice is a function of (seed, step), so that a stage that was killed and resumed takes the same steps.
 """
 
+import abc
 import logging
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ from realm_fast.signals import StopRequest, stop_on_signal
 log = logging.getLogger(__name__)
 
 
-class StageTrainer:
+class StageTrainer(abc.ABC):
     """One stage: its model and optimizer, from a checkpoint or anew, and the loop over its steps.
 
     A subclass sets `name` (which is also its section of the settings), `module_name`, `shapes` (the sections
@@ -83,21 +84,21 @@ class StageTrainer:
             self.step, self.window = checkpoint.step, dict(checkpoint.state["window"])
         self.prepare()
 
+    @abc.abstractmethod
     def load(self, checkpoint: Checkpoint | None) -> Any:
         """The model, from the checkpoint or by the settings."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def prepare(self) -> None:
         """What else the stage needs: samplers, tables."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def update(self, step: int) -> dict[str, float]:
         """Adds the gradient of step `step` to the parameters; returns what is averaged into the metrics."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def measure(self) -> dict[str, Any]:
         """How good the model is on what it was not trained on: a line of evaluations.jsonl."""
-        raise NotImplementedError
 
     @property
     def evaluations_path(self) -> Path:
