@@ -25,6 +25,7 @@ from realm_fast.errors import (
     ProvenanceError,
     RefreshError,
 )
+from realm_fast.files import write_json
 from realm_fast.handover import Handover
 from realm_fast.ownership import Sighting, TakenError, own
 from realm_fast.refresh import ProcessRefresher, RefreshTask, make_refresher
@@ -526,7 +527,7 @@ def elsewhere(folder, beat, token="t"):
         "token": token,
         "beat": beat,
     }
-    (folder / ".owner.json").write_text(json.dumps(record))
+    write_json(folder / ".owner.json", record)  # whole or not at all, as owners write it
 
 
 def test_an_owner_on_another_machine_counts_while_it_beats(tmp_path, monkeypatch):
