@@ -233,8 +233,8 @@ struct Shape {
   static constexpr int kVectors =
       kQueries * kPanelVectors <= Op::kMaxAccumulators ? kPanelVectors : kPanelVectors / 2;
   static constexpr int kPasses = kPanelVectors / kVectors * (kWidth / kQueries);  // over a panel
-  // Cache lines that a fetching group fetches ahead in a step. A single pass reads memory as fast as the
-  // hardware's own prefetcher brings it; over several, the next panel comes while this one is multiplied.
+  // Cache lines fetched ahead in a step. A single pass reads memory as fast as the hardware's own prefetcher
+  // brings it; over several, the next panel comes while this one is multiplied.
   static constexpr int kFetched = kPasses == 1 ? 0 : (3 / Op::kTileSteps + kPasses - 1) / kPasses;
 };
 
@@ -252,10 +252,7 @@ struct Ahead {
   int64_t stride;  // bytes a step
 };
 
-// So many groups share the fetching; those after them multiply alone, as a panel has come long before.
-constexpr int64_t kFetchingGroups = 8;
-
-template <class Op, int kWidth, bool kFetch>
+template <class Op, int kWidth>
 [[gnu::always_inline]] inline void tile(const ScanRun& run, const char* panel_data, const char* queries,
                                         int64_t query, int64_t panel, int first_row, Ahead& ahead) {
   constexpr int W = Shape<Op, kWidth>::kQueries;
@@ -270,13 +267,11 @@ template <class Op, int kWidth, bool kFetch>
   const int64_t steps = run.steps * Op::kTileSteps;
 #pragma GCC unroll 1
   for (int64_t s = 0; s < steps; ++s) {
-    if constexpr (kFetch) {
 #pragma GCC unroll 3
-      for (int line = 0; line < Shape<Op, kWidth>::kFetched; ++line) {
-        _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
-      }
-      ahead.from += ahead.stride;
+    for (int line = 0; line < Shape<Op, kWidth>::kFetched; ++line) {
+      _mm_prefetch(ahead.from + 64 * line, _MM_HINT_T0);
     }
+    ahead.from += ahead.stride;
     Op::template step<W, kWidth, V>(acc, rows, queries);
     rows += kPanelRows * kStepBytes;
     queries += kWidth * Op::kQueryStepBytes / Op::kTileSteps;
@@ -305,12 +300,12 @@ template <class Op, int kWidth, bool kFetch>
   }
 }
 
-template <class Op, int kWidth, bool kFetch = true>
+template <class Op, int kWidth>
 [[gnu::always_inline]] inline void whole_panel(const ScanRun& run, const char* data, const char* queries,
                                                int64_t query, int64_t panel, Ahead& ahead) {
   for (int first_row = 0; first_row < kPanelRows; first_row += 8 * Shape<Op, kWidth>::kVectors) {
     for (int w = 0; w < kWidth; w += Shape<Op, kWidth>::kQueries) {
-      tile<Op, kWidth, kFetch>(run, data, queries + 4 * w, query + w, panel, first_row, ahead);
+      tile<Op, kWidth>(run, data, queries + 4 * w, query + w, panel, first_row, ahead);
     }
   }
 }
@@ -322,10 +317,8 @@ template <class Op, int kWidth, bool kFetch = true>
 template <class Op>
 [[gnu::always_inline]] inline void scan(const ScanRun& run) {
   const int64_t group_bytes = run.steps * kGroupQueries * Op::kQueryStepBytes;
-  const int64_t shared = run.first_group + kFetchingGroups;
-  const int64_t end_fetching = shared < run.end_group ? shared : run.end_group;
-  int64_t steps = 0;  // of the tiles of a panel over which the next panel is fetched
-  for (int64_t group = run.first_group; group < end_fetching; ++group) {
+  int64_t steps = 0;  // of all tiles of a panel; over them the next panel is fetched
+  for (int64_t group = run.first_group; group < run.end_group; ++group) {
     steps += passes_of<Op>(group_width(run, group)) * run.steps * Op::kTileSteps;
   }
   const int64_t stride = steps > 0 ? (run.panel_bytes + steps - 1) / steps : 0;
@@ -347,11 +340,7 @@ template <class Op>
           whole_panel<Op, 4>(run, data, queries, query, panel, ahead);
           break;
         default:
-          if (group < end_fetching) {
-            whole_panel<Op, 8>(run, data, queries, query, panel, ahead);
-          } else {
-            whole_panel<Op, 8, false>(run, data, queries, query, panel, ahead);
-          }
+          whole_panel<Op, 8>(run, data, queries, query, panel, ahead);
       }
     }
   }
