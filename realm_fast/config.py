@@ -173,7 +173,13 @@ class WarmupConfig:
     steps: int = setting(1000, "optimizer steps", minimum=1)
     batch_queries: int = setting(64, "masked sentences in one step", minimum=1)
     evidence_probability: float = setting(
-        0.8, "how often the reader sees the evidence; otherwise the null block", minimum=0.0, maximum=1.0
+        0.6, "how often the reader sees the evidence", minimum=0.0, maximum=1.0
+    )
+    distractor_probability: float = setting(
+        0.2,
+        "how often it sees a like block without the span; otherwise the null block",
+        minimum=0.0,
+        maximum=1.0,
     )
     reader_lr: float = setting(1e-4, "peak learning rate of the reader", minimum=0.0)
     warmup_steps: int = setting(-1, "linear warm-up (-1: a tenth of steps)", minimum=-1)

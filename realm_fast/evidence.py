@@ -1,11 +1,13 @@
-"""Evidence for salient spans: for each, the lexically closest other block that holds the span too.
+"""Evidence and distractors of salient spans: the lexically closest block that holds the span, or does not.
 
     evidence = build_evidence(store, spans)     # once per corpus, kept beside the token store
     evidence.block_of(query)                    # the block a reader can find the masked span in, or -1
+    evidence.distractor_of(query)               # one that looks like it, and does not hold the span, or -1
 
 Closeness is BM25 of the sentence, its span left out, against the blocks that hold the span's tokens as whole
-words. The block that the sentence stands in, and near-copies of the sentence, are no evidence: they would
-teach the reader to copy a sentence instead of finding a fact. Unlabelled text is all it takes.
+words (evidence), or do not (distractor). The block that the sentence stands in, and near-copies of the
+sentence, are neither: they would teach the reader to copy a sentence instead of finding a fact. Unlabelled
+text is all it takes.
 
     bm25(x, z) = sum over distinct tokens t of x: idf(t) tf (k1 + 1) / (tf + k1 (1 - b + b |z| / mean |z|))
     idf(t)     = log(1 + (N - n_t + 0.5) / (n_t + 0.5))
@@ -40,10 +42,11 @@ from realm_fast.types import NO_BLOCK
 from realm_fast.workers import default_num_workers
 
 BM25_K1, BM25_B = 1.2, 0.75
-_FORMAT_VERSION = 1
-_SEARCH_VERSION = 1  # raised whenever the same corpus may get other evidence
+_FORMAT_VERSION = 2
+_SEARCH_VERSION = 2  # raised whenever the same corpus may get other evidence
 _TASK_BLOCKS = 512
 _CHUNK_BLOCKS = 16  # candidates looked at together, best first
+_CLOSEST_BLOCKS = 64  # among which a distractor is looked for
 
 
 class Bm25:
@@ -80,15 +83,15 @@ class Bm25:
 
 
 class EvidenceFinder:
-    """Finds the evidence of one span at a time."""
+    """Finds evidence and distractor of one span at a time."""
 
     def __init__(self, store: TokenStore) -> None:
         self.store = store
         self._bm25 = Bm25(store)
         self._word_starts = store.tokenizer().word_starts
 
-    def find(self, block: int, sentence: tuple[int, int], spans: np.ndarray) -> list[int]:
-        """Evidence of the spans of one sentence, NO_BLOCK where there is none.
+    def find(self, block: int, sentence: tuple[int, int], spans: np.ndarray) -> list[tuple[int, int]]:
+        """(evidence, distractor) of the spans of one sentence, NO_BLOCK where there is none.
 
         Args:
             block: the block the sentence stands in; sentence: its token range there.
@@ -100,25 +103,43 @@ class EvidenceFinder:
         found = []
         for first, last in spans.tolist():
             rest = np.concatenate([body[start:first], body[last:stop]])
-            found.append(self._best(block, body[first:last], self._bm25.scores(rest), ngrams))
+            span, scores = body[first:last], self._bm25.scores(rest)
+            holding = min((self._bm25.blocks_with(int(token)) for token in span), key=len)
+            closest = np.argpartition(-scores, min(_CLOSEST_BLOCKS, len(scores)) - 1)[:_CLOSEST_BLOCKS]
+            closest = closest[scores[closest] > 0]
+            found.append(
+                (
+                    self._best(holding, scores, ngrams, origin=block, span=span, holds=True),
+                    self._best(closest, scores, ngrams, origin=block, span=span, holds=False),
+                )
+            )
         return found
 
-    def _best(self, origin: int, span: np.ndarray, scores: np.ndarray, ngrams: np.ndarray) -> int:
-        blocks = min((self._bm25.blocks_with(int(token)) for token in span), key=len)
+    def _best(
+        self,
+        blocks: np.ndarray,
+        scores: np.ndarray,
+        ngrams: np.ndarray,
+        *,
+        origin: int,
+        span: np.ndarray,
+        holds: bool,
+    ) -> int:
+        """The best of `blocks` that holds the span, or does not, and is no copy of the sentence."""
         blocks = blocks[np.lexsort((blocks, -scores[blocks]))]  # best first, ties to the lower id
         own = self.store.content_hash(origin)
         for at in range(0, len(blocks), _CHUNK_BLOCKS):
-            holding = [
+            fitting = [
                 i for i in blocks[at : at + _CHUNK_BLOCKS].tolist()
-                if self.store.content_hash(i) != own and self._holds(self.store.body_tokens(i), span)
+                if self.store.content_hash(i) != own and self.holds(self.store.body_tokens(i), span) == holds
             ]  # fmt: skip
-            shares = containment(ngrams, [self.store.body_tokens(i) for i in holding], NEAR_COPY_NGRAM_TOKENS)
-            for i, share in zip(holding, shares, strict=True):
+            shares = containment(ngrams, [self.store.body_tokens(i) for i in fitting], NEAR_COPY_NGRAM_TOKENS)
+            for i, share in zip(fitting, shares, strict=True):
                 if share < NEAR_COPY_CONTAINMENT:
                     return i
         return NO_BLOCK
 
-    def _holds(self, body: np.ndarray, span: np.ndarray) -> bool:
+    def holds(self, body: np.ndarray, span: np.ndarray) -> bool:
         """Whether the span stands in the body as whole words."""
         places = np.flatnonzero(body[: len(body) - len(span) + 1] == span[0])
         for place in places.tolist():
@@ -135,15 +156,17 @@ class Evidence:
 
     def __init__(self, path: Path, manifest: dict[str, Any], spans: SalientSpans) -> None:
         self.path, self.manifest, self.spans = path, manifest, spans
-        file = path / file_name("evidence")
+        self.block_ids = self._array("evidence")  # [spans]
+        self.distractor_ids = self._array("distractors")  # [spans]
+
+    def _array(self, name: str) -> np.ndarray:
+        file, expected = self.path / file_name(name), 4 * self.spans.num_spans
         size = file.stat().st_size if file.is_file() else -1
-        if size != manifest["files"]["evidence"]["bytes"] or size != 4 * spans.num_spans:
+        if size != self.manifest["files"][name]["bytes"] or size != expected:
             raise CorruptArtifactError(
-                f"{file}: {size} bytes, expected {4 * spans.num_spans}; delete {path} and run again."
+                f"{file}: {size} bytes, expected {expected}; delete {self.path} and run again."
             )
-        self.block_ids = (
-            np.memmap(file, dtype=np.int32, mode="r").view(np.ndarray) if size else np.empty(0, np.int32)
-        )  # [spans]
+        return np.memmap(file, dtype=np.int32, mode="r").view(np.ndarray) if size else np.empty(0, np.int32)
 
     @classmethod
     def open(cls, path: str | Path, spans: SalientSpans) -> "Evidence":
@@ -179,6 +202,13 @@ class Evidence:
 
     def block_of(self, query: MaskedQuery) -> int:
         """The evidence of the span that is masked in a query; NO_BLOCK where it has none."""
+        return int(self.block_ids[self._span_of(query)])
+
+    def distractor_of(self, query: MaskedQuery) -> int:
+        """The distractor of the span that is masked in a query; NO_BLOCK where it has none."""
+        return int(self.distractor_ids[self._span_of(query)])
+
+    def _span_of(self, query: MaskedQuery) -> int:
         first = query.sentence[0] + int(query.positions[0])
         of_block = self.spans.spans(query.origin_block_id)
         (places,) = np.nonzero(of_block[:, 0] == first)
@@ -186,7 +216,7 @@ class Evidence:
             raise ValueError(
                 f"query: no salient span of block {query.origin_block_id} begins at token {first}"
             )
-        return int(self.block_ids[self.spans.offsets[query.origin_block_id] + places[0]])
+        return int(self.spans.offsets[query.origin_block_id] + places[0])
 
 
 def evidence_path(spans: SalientSpans) -> Path:
@@ -243,41 +273,47 @@ def build_evidence(
                 "identity": identity,
                 "num_spans": writers["evidence"].items,
                 "with_evidence": found.total(),
+                "with_distractor": sum(int(note["with_distractor"]) for note in notes),
                 "by_label": {
                     label: {"spans": count, "with_evidence": found[label]}
                     for label, count in total.most_common()
                 },
             }
 
-        merge_parts(parts, out, {"evidence": "int32"}, manifest_of)
+        merge_parts(parts, out, {"evidence": "int32", "distractors": "int32"}, manifest_of)
         clear(work)
     return Evidence.open(out, spans)
 
 
 def find_in_blocks(argument: tuple[str, str]) -> Callable[[tuple[int, int, str]], None]:
-    """Set-up of a worker: returns the function that finds the evidence of blocks [start, stop)."""
+    """Set-up of a worker: returns the function that finds what belongs to blocks [start, stop)."""
     store = TokenStore.open(argument[0])
     spans = SalientSpans.open(argument[1], store)
     finder = EvidenceFinder(store)
 
     def find(task: tuple[int, int, str]) -> None:
         start, stop, path = task
-        evidence: list[int] = []
+        pairs: list[tuple[int, int]] = []
         found: Counter[str] = Counter()
         total: Counter[str] = Counter()
         for block in range(start, stop):
             of_block, bounds = spans.spans(block), store.sentences(block)
             of_span = np.searchsorted(bounds, of_block[:, 0], side="right") - 1
-            ids: list[int] = []
+            of_spans: list[tuple[int, int]] = []
             for sentence in np.unique(of_span).tolist():
                 inside = of_block[of_span == sentence]  # in order, as sentences are
-                ids += finder.find(block, (int(bounds[sentence]), int(bounds[sentence + 1])), inside)
+                of_spans += finder.find(block, (int(bounds[sentence]), int(bounds[sentence + 1])), inside)
             labels = spans.labels(block)
             total.update(labels)
-            found.update(label for label, i in zip(labels, ids, strict=True) if i != NO_BLOCK)
-            evidence += ids
-        arrays = {"evidence": np.array(evidence, dtype=np.int32)}
-        notes = {"found": json.dumps(dict(found)), "total": json.dumps(dict(total))}
+            found.update(label for label, (i, _) in zip(labels, of_spans, strict=True) if i != NO_BLOCK)
+            pairs += of_spans
+        evidence, distractors = np.array(pairs, dtype=np.int32).reshape(-1, 2).T
+        arrays = {"evidence": evidence.copy(), "distractors": distractors.copy()}
+        notes = {
+            "found": json.dumps(dict(found)),
+            "total": json.dumps(dict(total)),
+            "with_distractor": str(int((distractors != NO_BLOCK).sum())),
+        }
         with atomic_file(path) as file:
             file.write(safetensors.numpy.save(arrays, notes))
 

@@ -262,8 +262,7 @@ class MipsIndex:
             ids: [N] int64 or int32, distinct and >= 0; None: 0 .. N-1.
             provenance: what the embeddings were made from.
             originals: where bfloat16 and int8 keep the float32 rows that exact answers need: "memory", or
-            the path
-                of a file to be created and mapped.
+                the path of a file to be created and mapped.
 
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape, dtype or range.

@@ -1,12 +1,13 @@
 """Reader warm-up: learn to use a block before a retriever's choice depends on it.
 
-    x: a masked sentence, e(x): its evidence (realm_fast.evidence), 0: the null block
-    loss = -mean over masked words of log p(y | x, z),  z = e(x) with probability .8, else 0
+    x: a masked sentence, e(x), d(x): its evidence and its distractor (realm_fast.evidence), 0: the null block
+    loss = -mean over masked words of log p(y | x, z),  z = e(x), d(x) or 0 at random, as often as is set
 
 A reader that cannot use a block tells the retriever nothing: every candidate is as good as the null block.
-This stage needs no retriever and no label. RUN/warmup/evaluations.jsonl has, for sentences of held-out
-documents, the negative log-likelihood and the accuracy of the masked words with the evidence, with the null
-block, and with a random block: the first should end far below the second, the third not.
+One that saw nothing but evidence believes every block, and most candidates are none: distractors teach it to
+doubt. This stage needs no retriever and no label. RUN/warmup/evaluations.jsonl has, for sentences of held-out
+documents, the negative log-likelihood and the accuracy of the masked words with each of these and with a
+random block: with the evidence it should end far below all others, and those close to one another.
 """
 
 from typing import Any
@@ -46,6 +47,12 @@ class Warmup(StageTrainer):
         return Reader.load(checkpoint.module_folder("reader"))
 
     def prepare(self) -> None:
+        evidence, distractor = self.settings.evidence_probability, self.settings.distractor_probability
+        if evidence + distractor > 1:
+            raise ConfigError(
+                "warmup.distractor_probability: expected at most 1 - warmup.evidence_probability = "
+                f"{1 - evidence:g}, got {distractor:g}"
+            )
         spans = prepare_spans(self.store, self.config.masking, progress=self.progress)
         if spans is None:
             raise ConfigError(
@@ -63,8 +70,13 @@ class Warmup(StageTrainer):
         random = np.random.Generator(
             np.random.Philox(counter=[0, 0, 0, step], key=[self.config.seed, _STREAM])
         )
-        seen = random.random(count) < self.settings.evidence_probability
-        blocks = [self.evidence.block_of(q) if s else NO_BLOCK for q, s in zip(queries, seen, strict=True)]
+        draws = random.random(count)
+        seen = draws < self.settings.evidence_probability
+        misled = ~seen & (draws < self.settings.evidence_probability + self.settings.distractor_probability)
+        blocks = [
+            self.evidence.block_of(query) if s else self.evidence.distractor_of(query) if m else NO_BLOCK
+            for query, s, m in zip(queries, seen, misled, strict=True)
+        ]
         with self.autocast():
             loss, _ = self._loss(queries, blocks)
         value = check_loss(loss, step, self.optimizer)
@@ -85,6 +97,7 @@ class Warmup(StageTrainer):
                 choices = {
                     "evidence": [self.evidence.block_of(query) for query in queries],
                     "null": [NO_BLOCK] * len(queries),
+                    "distractor": [self.evidence.distractor_of(query) for query in queries],
                     "random": random.integers(len(self.store), size=len(queries)).tolist(),
                 }
                 for name, blocks in choices.items():

@@ -910,9 +910,10 @@ def test_warm_starts_have_a_section_when_they_were_run(run):
         {"when": "before", "step": 0, **ict, "recall": {"20": 5.0, "1": 1.5}},
         {"when": "after", "step": 250, **ict, "recall": {"20": 61.7, "1": 23.4}},
     ])  # fmt: skip
-    reading = dict.fromkeys(("accuracy_evidence", "accuracy_null", "accuracy_random"), 0.0)
+    names = ("evidence", "null", "distractor", "random")
+    reading = dict.fromkeys((f"accuracy_{name}" for name in names), 0.0)
     counts = {"queries": 256, "spans": 61_894, "spans_with_evidence": 34_301}
-    nll = {"nll_evidence": 2.77, "nll_null": 3.96, "nll_random": 5.41}
+    nll = {"nll_evidence": 2.77, "nll_null": 3.96, "nll_distractor": 4.02, "nll_random": 5.41}
     lines(run / "warmup" / "evaluations.jsonl", [
         {"when": "after", "step": 900, **counts, **nll, **reading | {"accuracy_evidence": 0.412}}
     ])  # fmt: skip
@@ -920,7 +921,7 @@ def test_warm_starts_have_a_section_when_they_were_run(run):
     assert shown.index("@1") < shown.index("@20")
     assert "before (step 0)1.55.0" in shown
     assert "after (step 250)23.461.7" in shown
-    assert "2.773.965.4141.20.00.0" in shown
+    assert "2.773.964.025.4141.20.00.00.0" in shown
     assert "34,301 of 61,894 salient spans" in shown
     lines(run / "ict" / "evaluations.jsonl", [{"when": "before", "step": 0, **ict, "recall": {"1": 120}}])
     with pytest.raises(CorruptArtifactError, match=r"recall.1: expected a number between 0 and 100, got 120"):

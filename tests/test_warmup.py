@@ -122,12 +122,14 @@ def test_the_closest_block_wins_and_copies_are_no_evidence(tmp_path):
             "many people live in the old town of nobu and Xobu .",
             "the old town of nobu has a river , Xobua .",  # another word, with the span's pieces at its start
             "the old town of nobu has a river , Xobu .",  # the same text
+            "the old town has a river .",  # close, and silent about it
         ],
     )
     spans = build_salient_spans(store, "rules", progress=False, num_workers=1)
     evidence = build_evidence(store, spans, progress=False, num_workers=1)
     assert spans.labels(0) == ["NAME"]
     assert evidence.block_ids[spans.offsets[0]] == 3
+    assert evidence.distractor_ids[spans.offsets[0]] == 6
 
 
 def test_evidence_is_kept_and_checked(tmp_path, store, spans, evidence):
@@ -171,10 +173,12 @@ def test_the_reader_learns_to_use_evidence(finished, store):
     assert abs(before["nll_evidence"] - before["nll_null"]) < 0.1
     assert after["nll_evidence"] < after["nll_null"] - 1  # held-out capitals cannot be known without
     assert after["nll_evidence"] < after["nll_random"] - 1
+    assert after["nll_evidence"] < after["nll_distractor"] - 1
+    assert abs(after["nll_distractor"] - after["nll_null"]) < 0.5  # what misled it once is read with doubt
     assert after["accuracy_evidence"] >= after["accuracy_random"]
     lines = read_metrics(finished.path / "warmup" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [40, 80, 120, 160, 200, 240]
-    assert 0.7 < np.mean([line["with_evidence"] for line in lines]) < 0.9
+    assert 0.5 < np.mean([line["with_evidence"] for line in lines]) < 0.7
     start = starting_models(finished, finished.config(), store)
     assert start.reader_from == "warmup/checkpoints/step-00000240"
     saved = Reader.load(newest_checkpoint(finished.path / "warmup" / "checkpoints").path / "reader")
@@ -209,8 +213,11 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, store, finished):
     run, config = new_run(tmp_path, store, "masking.strategy=random_span")
     with pytest.raises(ConfigError, match="warm-up needs salient_span"):
         warmup(run, config)
+    run, config = new_run(tmp_path / "sum", store, "warmup.distractor_probability=0.5")
+    with pytest.raises(ConfigError, match=r"distractor_probability: expected at most .* = 0\.4, got 0\.5"):
+        warmup(run, config)
     changed = apply_overrides(finished.config(), ["warmup.evidence_probability=0.5"])
     with pytest.raises(
-        ConfigError, match=r"warmup\.evidence_probability: the checkpoint has 0\.8, now it is 0\.5"
+        ConfigError, match=r"warmup\.evidence_probability: the checkpoint has 0\.6, now it is 0\.5"
     ):
         warmup(finished, changed, resume=True)

@@ -36,7 +36,12 @@ def _ict(evaluations: list[Record] | None) -> Markup | None:
 def _warmup(evaluations: list[Record] | None) -> Markup | None:
     if not evaluations:
         return None
-    names = {"evidence": "its evidence", "null": "the null block", "random": "a random block"}
+    names = {
+        "evidence": "its evidence",
+        "null": "the null block",
+        "distractor": "a distractor",
+        "random": "a random block",
+    }
     rows = [
         [
             f"{line['when']} (step {line['step']:,})",
