@@ -115,6 +115,10 @@ class PretrainConfig:
     )
     ict_queries: int = setting(64, "sentences in a step's inverse cloze loss", minimum=2)
     score_temperature: float = setting(1.0, "scores are divided by this before the softmax", minimum=1e-6)
+    null_score_offset: float = setting(
+        0.0,
+        "added to the null block's score after that; an embedder from the `ict` stage scores it far too low",
+    )
     exclude_trivial: bool = setting(True, "drop the block a query was cut from, and near-copies of it")
     use_null_block: bool = setting(True, "the empty block in slot 0")
     train_retriever: bool = setting(True, "let the gradient into the embedder")

@@ -192,6 +192,7 @@ def explain_sentence(run: RunFolder, sentence: str) -> dict[str, Any]:
         Reader.load(checkpoint.module_folder("reader")),
         level=settings.level,
         temperature=settings.score_temperature,
+        null_score_offset=settings.null_score_offset,
     )
     longest = min(
         config.masking.max_query_tokens - 2, config.reader.max_joint_tokens - config.corpus.max_block_tokens

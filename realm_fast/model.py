@@ -5,8 +5,9 @@
     output = model(store, queries, candidates)
     output.loss.backward()
 
-The index only chose the candidates. Scores are computed afresh here, s_bz = q_b . d_bz / temperature, with
-gradient for query and block, and from them p(z | x) = softmax over the K slots. The reader sees every
+The index only chose the candidates. Scores are computed afresh here, s_bz = q_b . d_bz / temperature (for the
+null block plus an offset, which is 0 unless set), with gradient for query and block, and from them
+p(z | x) = softmax over the K slots. The reader sees every
 candidate beside the query, and the loss is the negative marginal log-likelihood of the masked words.
 
 Two savings change no value: a block that is a candidate of several queries is embedded once (the null block,
@@ -84,6 +85,9 @@ class RealmModel(nn.Module):
     Args:
         level: marginalise each masked token ("token") or the whole span ("sequence").
         temperature: scores are divided by it before the softmax.
+        null_score_offset: added to the null block's score after that. Where nothing has taught the embedder
+            what the null block is, its probability starts near 0; then a retriever that is pulled towards the
+            reader's likelihoods learns first of all to score every candidate lower.
         train_retriever: False: no graph is built through the embedder, and it stays in evaluation mode.
         objective: "marginal" trains both by the marginal likelihood. Otherwise that trains the reader alone,
             p(z | x) given, and the retriever learns from the reader's likelihoods, given: by "emdr2" or by
@@ -98,6 +102,7 @@ class RealmModel(nn.Module):
         *,
         level: Level = "token",
         temperature: float = 1.0,
+        null_score_offset: float = 0.0,
         train_retriever: bool = True,
         objective: Objective = "marginal",
         distill_temperature: float = 0.01,
@@ -114,6 +119,7 @@ class RealmModel(nn.Module):
         self.reader = reader
         self.level: Level = level
         self.temperature = temperature
+        self.null_score_offset = null_score_offset
         self.train_retriever = train_retriever
         self.objective: Objective = objective
         self.distill_temperature = distill_temperature
@@ -210,7 +216,7 @@ class RealmModel(nn.Module):
     def fresh_scores(
         self, store: "TokenStore", queries: "Sequence[MaskedQuery]", candidates: Candidates
     ) -> tuple[torch.Tensor, int]:
-        """([B, K] float32 scores over temperature, -inf in absent slots; how many blocks were embedded)"""
+        """([B, K] float32 scores, those of p(z | x), -inf in absent slots; how many blocks were embedded)"""
         special = self.embedder.special
         # NO_BLOCK sorts first: if the null block is present anywhere it is row 0.
         ids, slot_row = torch.unique(candidates.block_ids[candidates.present], return_inverse=True)
@@ -229,6 +235,9 @@ class RealmModel(nn.Module):
                 rows_of_slots = block_emb[to_device(slot_row, block_emb.device)]
                 slot_scores = (query_emb[slot[:, 0]] * rows_of_slots).sum(dim=1)
                 scores = scores.index_put((slot[:, 0], slot[:, 1]), slot_scores / self.temperature)
+        if self.null_score_offset:
+            is_null = to_device(candidates.is_null, scores.device)
+            scores = scores + self.null_score_offset * is_null.to(scores.dtype)
         return scores, len(rows)
 
     def reader_hidden(

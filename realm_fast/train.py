@@ -429,6 +429,7 @@ class Pretrainer:
             reader,
             level=settings.level,
             temperature=settings.score_temperature,
+            null_score_offset=settings.null_score_offset,
             train_retriever=settings.train_retriever,
             objective=settings.objective,
             distill_temperature=settings.distill_temperature,

@@ -284,6 +284,19 @@ def test_a_few_steps_of_training_lower_the_loss_and_move_both_parts(store, index
         assert not torch.equal(dict(model.named_parameters())[part], before[part])
 
 
+def test_the_null_blocks_score_can_be_raised(store, index):
+    queries = make_queries(store, 3)
+    plain, raised = make_model(store), make_model(store, null_score_offset=3.0)
+    candidates = candidates_of(plain, index, store, queries)
+    scores, _ = plain.fresh_scores(store, queries, candidates)
+    shifted, _ = raised.fresh_scores(store, queries, candidates)
+    assert candidates.is_null[:, 0].all()
+    torch.testing.assert_close(shifted[:, 0], scores[:, 0] + 3)
+    assert torch.equal(shifted[:, 1:], scores[:, 1:])
+    probability = raised(store, queries, candidates).stats.null_probability
+    torch.testing.assert_close(probability, torch.softmax(shifted, 1)[:, 0].mean(), check_dtype=False)
+
+
 def test_parts_for_different_tokenizers_are_refused(store):
     reader = make_reader(store)
     reader.tokenizer_hash = "1" * 64

@@ -108,7 +108,10 @@ class Shared:
         )
         device = resolve_device(config.device)
         model = RealmModel(
-            embedder.to(device), reader.to(device), temperature=config.pretrain.score_temperature
+            embedder.to(device),
+            reader.to(device),
+            temperature=config.pretrain.score_temperature,
+            null_score_offset=config.pretrain.null_score_offset,
         ).eval()
         path = index_of(run, embedder, self.store, config, out=run.evaluate_dir / "snapshots", step=step)
         held_out = Masker(self.store, config.masking, config.seed, self.spans, split="heldout")
