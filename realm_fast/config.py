@@ -146,6 +146,11 @@ class PretrainConfig:
     log_every_steps: int = setting(10, "a line in metrics.jsonl", minimum=1)
     illustrations: int = setting(6, "masked sentences followed through the model for the report", minimum=0)
 
+    @property
+    def blocks_a_query(self) -> int:
+        """Candidates of a query without the null block."""
+        return self.num_candidates - int(self.use_null_block)
+
 
 @dataclass(frozen=True)
 class IctConfig:

@@ -38,6 +38,7 @@ from realm_fast.files import atomic_file, read_json
 from realm_fast.masking import MaskedQuery, SalientSpans
 from realm_fast.retriever import NEAR_COPY_CONTAINMENT, NEAR_COPY_NGRAM_TOKENS, containment, ngram_keys
 from realm_fast.token_store import TokenStore, file_name
+from realm_fast.tokenizer import Tokenizer
 from realm_fast.types import NO_BLOCK
 from realm_fast.workers import default_num_workers
 
@@ -82,13 +83,25 @@ class Bm25:
         return scores
 
 
+def holds_span(body: np.ndarray, span: np.ndarray, tokenizer: Tokenizer) -> bool:
+    """Whether a span of wordpieces stands in a block's body as whole words."""
+    places = np.flatnonzero(body[: len(body) - len(span) + 1] == span[0])
+    for place in places.tolist():
+        end = place + len(span)
+        if np.array_equal(body[place:end], span) and (
+            end == len(body) or tokenizer.word_starts(body[end : end + 1])[0]
+        ):
+            return True
+    return False
+
+
 class EvidenceFinder:
     """Finds evidence and distractor of one span at a time."""
 
     def __init__(self, store: TokenStore) -> None:
         self.store = store
         self._bm25 = Bm25(store)
-        self._word_starts = store.tokenizer().word_starts
+        self._tokenizer = store.tokenizer()
 
     def find(self, block: int, sentence: tuple[int, int], spans: np.ndarray) -> list[tuple[int, int]]:
         """(evidence, distractor) of the spans of one sentence, NO_BLOCK where there is none.
@@ -131,24 +144,14 @@ class EvidenceFinder:
         for at in range(0, len(blocks), _CHUNK_BLOCKS):
             fitting = [
                 i for i in blocks[at : at + _CHUNK_BLOCKS].tolist()
-                if self.store.content_hash(i) != own and self.holds(self.store.body_tokens(i), span) == holds
+                if self.store.content_hash(i) != own
+                and holds_span(self.store.body_tokens(i), span, self._tokenizer) == holds
             ]  # fmt: skip
             shares = containment(ngrams, [self.store.body_tokens(i) for i in fitting], NEAR_COPY_NGRAM_TOKENS)
             for i, share in zip(fitting, shares, strict=True):
                 if share < NEAR_COPY_CONTAINMENT:
                     return i
         return NO_BLOCK
-
-    def holds(self, body: np.ndarray, span: np.ndarray) -> bool:
-        """Whether the span stands in the body as whole words."""
-        places = np.flatnonzero(body[: len(body) - len(span) + 1] == span[0])
-        for place in places.tolist():
-            end = place + len(span)
-            if np.array_equal(body[place:end], span) and (
-                end == len(body) or self._word_starts(body[end : end + 1])[0]
-            ):
-                return True
-        return False
 
 
 class Evidence:

@@ -9,21 +9,24 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from realm_fast.config import Config
 from realm_fast.errors import UserError
 from realm_fast.evaluate import QuestionSet, answer_ranks, parse_cutoffs, question_sets, recall_percent
+from realm_fast.evidence import holds_span
 from realm_fast.explain import illustrate
 from realm_fast.files import write_json
-from realm_fast.masking import Masker
+from realm_fast.masking import MaskedQuery, Masker
 from realm_fast.metrics import read_jsonl, write_evaluations
 from realm_fast.model import RealmModel, realm_step
 from realm_fast.progress import bar
-from realm_fast.retriever import retrieve_candidates
+from realm_fast.retriever import Candidates, retrieve_candidates
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import IndexSnapshot
 from realm_fast.token_store import TokenStore
+from realm_fast.types import NO_BLOCK
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +95,12 @@ class Probe:
             )
         write_json(self.run.pretrain_dir / "illustrations.json", shown)
 
-    def _masked_words(self, snapshot: IndexSnapshot) -> dict[str, float | None]:
-        """How well the masked words of held-out sentences are predicted, with retrieval and without."""
+    def _masked_words(self, snapshot: IndexSnapshot) -> dict[str, Any]:
+        """How well the masked words of held-out sentences are predicted, with retrieval and without.
+
+        Where salient spans are masked, also how often the words stand in a block that is retrieved for them:
+        in the first, and in any of the candidates ("span_recall", by cut-off).
+        """
         names = {
             "masked_accuracy": "masked_accuracy",
             "masked_accuracy_null": "masked_accuracy_null",
@@ -105,6 +112,7 @@ class Probe:
             return dict.fromkeys(names)
         settings, count = self.config.pretrain, self.config.evaluate.held_out_queries
         sums, counted = dict.fromkeys(names, 0.0), 0
+        ranks: list[int] = []
         was_training = self.model.training
         self.model.eval()
         try:
@@ -115,7 +123,7 @@ class Probe:
                 for start in range(0, count, settings.batch_queries):
                     slots = range(start, min(start + settings.batch_queries, count))
                     queries = [self.held_out.query(0, slot) for slot in slots]
-                    output, _ = realm_step(
+                    output, candidates = realm_step(
                         self.model,
                         snapshot.index,
                         self.store,
@@ -129,13 +137,31 @@ class Probe:
                     for name, source in names.items():
                         value = getattr(output.stats, source)
                         sums[name] += (float("nan") if value is None else float(value)) * weight
+                    ranks += self._span_ranks(queries, candidates)
                     shown.update(len(queries))
         finally:
             self.model.train(was_training)
         means = {name: total / max(counted, 1) for name, total in sums.items()}
         for name in ("masked_nll", "masked_nll_null"):
             means[name] = -means[name]
-        return {name: None if value != value else round(value, 5) for name, value in means.items()}
+        shown_means = {name: None if value != value else round(value, 5) for name, value in means.items()}
+        if self.config.masking.strategy != "salient_span" or settings.blocks_a_query == 0:
+            return shown_means
+        cutoffs = sorted({1, settings.blocks_a_query})
+        return {**shown_means, "span_recall": recall_percent(np.array(ranks, dtype=np.int64), cutoffs)}
+
+    def _span_ranks(self, queries: list[MaskedQuery], candidates: Candidates) -> list[int]:
+        """The place, from 0, of each query's first candidate that holds its masked words; -1: none does."""
+        tokenizer, ranks = self.store.tokenizer(), []
+        for query, ids, null in zip(queries, candidates.block_ids, candidates.is_null, strict=True):
+            span = query.labels.astype(np.int64)
+            found = [
+                place
+                for place, block in enumerate(ids[~null].tolist())
+                if block != NO_BLOCK and holds_span(self.store.body_tokens(block), span, tokenizer)
+            ]
+            ranks.append(found[0] if found else -1)
+        return ranks
 
     def _recall(self, snapshot: IndexSnapshot) -> list[dict[str, Any]]:
         """Zero-shot recall over all questions of the evaluation, and over the reachable ones."""

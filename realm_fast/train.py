@@ -238,7 +238,7 @@ class Pretrainer:
         self.drift_probe = DriftProbe(
             self.store,
             [probed.query(0, slot) for slot in range(config.refresh.drift_queries)],
-            k=config.pretrain.num_candidates - int(config.pretrain.use_null_block),
+            k=config.pretrain.blocks_a_query,
             sample_blocks=config.refresh.drift_sample_blocks,
             seed=step_seed(config.seed, 0),
             token_budget=config.refresh.token_budget,

@@ -121,7 +121,12 @@ def test_arms_are_measured_alike_and_come_out_as_they_must(out):
     for name, found in measured.items():
         assert found.keys() == start.keys(), name
         assert all(math.isfinite(value) for value in found.values()), name
-    for name in ("recall@1", "recall@5", "reachable_recall@5"):  # an embedder that did not move
+    for name in (
+        "recall@1",
+        "recall@5",
+        "reachable_recall@5",
+        "span_recall@2",
+    ):  # an embedder that did not move
         assert measured["frozen"][name] == measured["no-retrieval"][name] == start[name]
     nll = {name: found["masked_nll"] for name, found in measured.items()} | {"start": start["masked_nll"]}
     # every name here is one wordpiece: the levels are the same but for rounding

@@ -103,6 +103,7 @@ EVALUATION = {
     "masked_nll?": Maybe(float),
     "masked_nll_null?": Maybe(float),
     "retrieval_utility?": Maybe(float),
+    "span_recall?": RECALL,
 }
 ICT_EVALUATION = {
     "when": str,

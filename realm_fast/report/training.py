@@ -209,6 +209,11 @@ def _masked_tokens(data: RunData) -> Markup:
         was, now = value(before, name), value(after, name)
         if was is not None or now is not None:
             rows.append([label, number(was), number(now), difference(was, now, "")])
+    spans = [(e or {}).get("span_recall") or {} for e in (before, after)]
+    for k in sorted({*spans[0], *spans[1]}, key=int):
+        was, now = (found.get(k) for found in spans)
+        where = "the first block found" if k == "1" else f"one of the first {k} blocks found"
+        rows.append([f"hidden words that stand in {where}", percent(was), percent(now), difference(was, now)])
     return join(
         [
             title,

@@ -119,6 +119,7 @@ class Shared:
         everything, reachable = probe.rows(open_snapshot(path))
         return {
             **{name: everything[name] for name in everything if name.startswith(("masked", "retrieval"))},
+            **{f"span_recall@{k}": value for k, value in everything["span_recall"].items()},
             **{f"recall@{k}": value for k, value in everything["recall"].items()},
             **{f"reachable_recall@{k}": value for k, value in reachable["recall"].items()},
             "questions": everything["questions"],
@@ -139,6 +140,11 @@ def prepare(out: Path, config: Config, *, corpus: Path | None = None, progress: 
         raise ConfigError(
             f"masking.strategy: the recipe needs salient_span (the arms try the others), "
             f"got {config.masking.strategy}"
+        )
+    if config.pretrain.blocks_a_query < 1:
+        raise ConfigError(
+            "pretrain.num_candidates: the recipe needs a block beside the null block (the arms try without), "
+            f"got {config.pretrain.num_candidates}"
         )
     if corpus is not None and not corpus.exists():
         raise DataError(f"{corpus}: no such corpus; leave --corpus out to have one built.")
