@@ -104,10 +104,10 @@ class PretrainConfig:
     accumulate_batches: int = setting(1, "micro-batches in one optimizer step", minimum=1)
     num_candidates: int = setting(8, "K, candidates of a query, the null block included", minimum=1)
     level: Literal["token", "sequence"] = setting("token", "marginalise each masked token, or the whole span")
-    objective: Literal["marginal", "emdr2", "pdist"] = setting(
+    objective: Literal["marginal", "emdr2", "pdist", "ict"] = setting(
         "marginal",
         "what the retriever learns from: the marginal likelihood, or the reader's likelihoods as they are "
-        "(EMDR2; pdist: perplexity distillation, as in Atlas)",
+        "(EMDR2; pdist: perplexity distillation, as in Atlas), or the inverse cloze term alone (ict)",
     )
     distill_temperature: float = setting(0.01, "of objective pdist, on log-probabilities", minimum=1e-6)
     ict_weight: float = setting(

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from realm_fast.token_store import TokenStore
 
 IGNORE_INDEX = -100
-Objective = Literal["marginal", "emdr2", "pdist"]
+Objective = Literal["marginal", "emdr2", "pdist", "ict"]
 _ARGMAX_LOGITS_BYTES = 32 << 20
 
 
@@ -91,7 +91,7 @@ class RealmModel(nn.Module):
         train_retriever: False: no graph is built through the embedder, and it stays in evaluation mode.
         objective: "marginal" trains both by the marginal likelihood. Otherwise that trains the reader alone,
             p(z | x) given, and the retriever learns from the reader's likelihoods, given: by "emdr2" or by
-            perplexity distillation, "pdist" (realm_fast.objective).
+            perplexity distillation, "pdist" (realm_fast.objective); or, with "ict", not from here.
         distill_temperature: of "pdist".
     """
 
@@ -181,7 +181,7 @@ class RealmModel(nn.Module):
             return_stats=True,
         )
         retriever_loss = None
-        if self.objective != "marginal" and self.train_retriever:
+        if self.objective in ("emdr2", "pdist") and self.train_retriever:
             retriever_loss = self._retriever_loss(marginal.gold_log_prob, scores, labels != IGNORE_INDEX)
         accuracy = accuracy_null = None
         if with_accuracy:
@@ -226,7 +226,8 @@ class RealmModel(nn.Module):
             else block_input(store.title_tokens(i), store.body_tokens(i), special)
             for i in ids.tolist()
         ]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.train_retriever):
+        learns = self.train_retriever and self.objective != "ict"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             query_emb, _ = self._embed(self.embedder.query_emb, self._query_rows(queries))  # [B, D]
             scores = query_emb.new_full(candidates.block_ids.shape, -torch.inf)  # [B, K]
             if rows:

@@ -566,6 +566,35 @@ def test_other_objectives_give_each_half_its_own_loss(tmp_path, store, objective
     trainer.close()
 
 
+def test_the_inverse_cloze_term_can_train_the_retriever_alone(tmp_path, store):
+    run, config = new_run(
+        tmp_path, store, "pretrain.objective=ict", "pretrain.ict_weight=0.5", "pretrain.ict_queries=8",
+        "embedder.dropout=0",
+    )  # fmt: skip
+    trainer = Pretrainer(run, config, resume=False, progress=False)
+
+    def gradients():
+        found = {
+            n: p.grad.clone() for n, p in trainer.model.embedder.named_parameters() if p.grad is not None
+        }
+        trainer.model.zero_grad()
+        return found
+
+    torch.manual_seed(0)
+    trainer._forward_backward(1, with_accuracy=False)
+    assert trainer.model.reader.vocab_bias.grad.abs().sum() > 0
+    joint = gradients()
+    trainer._ict_backward(trainer.ict, 1)
+    alone = gradients()
+    assert joint.keys() == alone.keys()
+    for name, grad in alone.items():
+        torch.testing.assert_close(joint[name], grad, rtol=1e-5, atol=1e-8)
+    trainer.close()
+    run, config = new_run(tmp_path / "without", store, "pretrain.objective=ict")
+    with pytest.raises(ConfigError, match=r"pretrain\.ict_weight: expected more than 0"):
+        Pretrainer(run, config, resume=False, progress=False)
+
+
 def _candidates(trainer, queries):
     return retrieve_candidates(
         trainer.snapshot.index, trainer.store, trainer.model.search_emb(queries), queries, num_candidates=3

@@ -45,6 +45,7 @@ ABLATIONS = (
         ("pretrain.train_retriever=false", "refresh.mode=off"),
         published=Published(35.3, 13.9, "baseline retriever, REALM encoder"),
     ),
+    Arm("ict-only", "retriever by inverse cloze task alone", ("pretrain.objective=ict",)),
     Arm(
         "no-retrieval",
         "reader without retrieval",
