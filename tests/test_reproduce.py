@@ -306,15 +306,16 @@ def test_hours_decide_the_steps_by_what_a_trial_measured(tmp_path, out, config, 
     moved = shared.dataclasses.replace(world, out=tmp_path)
     questions = world.questions(config.finetune.questions)
     monkeypatch.setattr(shared, "_trial", lambda *_: {"step_s": 2.0, "index_s": 10.0})
+    runs, refreshes = 3 * len(ABLATIONS), shared.REFRESHES
     with pytest.raises(
-        UserError, match=r"--hours: expected at least [\d.]+ for 30 runs of 30 steps and more, got 0.1"
+        UserError, match=rf"--hours: expected at least [\d.]+ for {runs} runs of 30 steps and more, got 0.1"
     ):
         shared.make_plan(moved, arm=REALM, seeds=3, hours=0.1, questions=questions)
     assert not (tmp_path / "plan.json").exists()
     plan = shared.make_plan(moved, arm=REALM, seeds=3, hours=5, questions=questions)
-    left_s = 0.95 * (5 * 3600 - plan["spent_s"]) / 30 - 8 * 10 - plan["measure_s"]
+    left_s = 0.95 * (5 * 3600 - plan["spent_s"]) / runs - (refreshes + 2) * 10 - plan["measure_s"]
     assert plan["steps"] == int(left_s / 2)
-    assert plan["refresh_every_steps"] == plan["steps"] // 6
+    assert plan["refresh_every_steps"] == plan["steps"] // refreshes
     monkeypatch.setattr(shared, "_trial", None)  # what was planned is not planned again
     assert shared.make_plan(moved, arm=REALM, seeds=3, hours=9, questions=questions)["steps"] == plan["steps"]
 

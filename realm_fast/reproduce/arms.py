@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-REFRESHES = 6  # of the index in a run, evenly spaced: in three hours an index costs as much as several steps
+REFRESHES = 3  # of the index in a run, evenly spaced: in three hours an index costs as much as several steps
 FRESH_TRUNK = "fresh:layers=2,hidden=128,heads=2"  # the shape of the recipe's warm start, with random weights
 
 
