@@ -25,17 +25,18 @@ float madd_loop(int64_t iterations) {
   __m256i sum[kChains];
   volatile int source = 0x00010001;
   const __m256i x = _mm256_set1_epi32(source);
-  for (__m256i& s : sum) s = _mm256_set1_epi32(source);
+#pragma GCC unroll 12  // all of them, or GCC keeps the sums in memory and measures that
+  for (int c = 0; c < kChains; ++c) sum[c] = _mm256_set1_epi32(source);
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
       __m256i products;  // as assembly: the compiler would multiply once, outside the loop
-      asm volatile("vpmaddwd %1, %1, %0" : "=x"(products) : "x"(x));
-      sum[c] = _mm256_add_epi32(sum[c], products);
+      asm volatile("vpmaddwd %2, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum[c]), "=&x"(products) : "x"(x));
     }
   }
   __m256i total = _mm256_setzero_si256();
-  for (const __m256i s : sum) total = _mm256_add_epi32(total, s);
+#pragma GCC unroll 12
+  for (int c = 0; c < kChains; ++c) total = _mm256_add_epi32(total, sum[c]);
   return static_cast<float>(_mm256_extract_epi32(total, 0));
 }
 
