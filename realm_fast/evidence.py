@@ -118,8 +118,8 @@ class EvidenceFinder:
             rest = np.concatenate([body[start:first], body[last:stop]])
             span, scores = body[first:last], self._bm25.scores(rest)
             holding = min((self._bm25.blocks_with(int(token)) for token in span), key=len)
-            closest = np.argpartition(-scores, min(_CLOSEST_BLOCKS, len(scores)) - 1)[:_CLOSEST_BLOCKS]
-            closest = closest[scores[closest] > 0]
+            least = np.partition(scores, -min(_CLOSEST_BLOCKS, len(scores)))[-_CLOSEST_BLOCKS:].min()
+            closest = np.flatnonzero((scores >= least) & (scores > 0))  # with all that tie for the last place
             found.append(
                 (
                     self._best(holding, scores, ngrams, origin=block, span=span, holds=True),

@@ -75,7 +75,7 @@ class StepOutput:
     loss: torch.Tensor  # scalar; 0 when nothing is masked
     retriever_loss: torch.Tensor | None  # its own, a mean over queries; None: it shares `loss`
     stats: StepStats
-    retrieval_scores: torch.Tensor  # [B, K] fresh, over temperature; -inf in absent slots
+    retrieval_scores: torch.Tensor  # [B, K] fresh, those of p(z | x); -inf in absent slots
     marginal: MarginalStats
 
 

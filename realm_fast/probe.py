@@ -6,6 +6,7 @@ illustrations.json   a few masked sentences followed through the whole model, fo
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ class Probe:
         settings, count = self.config.pretrain, self.config.evaluate.held_out_queries
         sums, counted = dict.fromkeys(names, 0.0), 0
         ranks: list[int] = []
+        spans = self.config.masking.strategy == "salient_span" and settings.blocks_a_query > 0
         was_training = self.model.training
         self.model.eval()
         try:
@@ -137,7 +139,8 @@ class Probe:
                     for name, source in names.items():
                         value = getattr(output.stats, source)
                         sums[name] += (float("nan") if value is None else float(value)) * weight
-                    ranks += self._span_ranks(queries, candidates)
+                    if spans:
+                        ranks += span_ranks(self.store, queries, candidates)
                     shown.update(len(queries))
         finally:
             self.model.train(was_training)
@@ -145,23 +148,10 @@ class Probe:
         for name in ("masked_nll", "masked_nll_null"):
             means[name] = -means[name]
         shown_means = {name: None if value != value else round(value, 5) for name, value in means.items()}
-        if self.config.masking.strategy != "salient_span" or settings.blocks_a_query == 0:
+        if not spans:
             return shown_means
         cutoffs = sorted({1, settings.blocks_a_query})
         return {**shown_means, "span_recall": recall_percent(np.array(ranks, dtype=np.int64), cutoffs)}
-
-    def _span_ranks(self, queries: list[MaskedQuery], candidates: Candidates) -> list[int]:
-        """The place, from 0, of each query's first candidate that holds its masked words; -1: none does."""
-        tokenizer, ranks = self.store.tokenizer(), []
-        for query, ids, null in zip(queries, candidates.block_ids, candidates.is_null, strict=True):
-            span = query.labels.astype(np.int64)
-            found = [
-                place
-                for place, block in enumerate(ids[~null].tolist())
-                if block != NO_BLOCK and holds_span(self.store.body_tokens(block), span, tokenizer)
-            ]
-            ranks.append(found[0] if found else -1)
-        return ranks
 
     def _recall(self, snapshot: IndexSnapshot) -> list[dict[str, Any]]:
         """Zero-shot recall over all questions of the evaluation, and over the reachable ones."""
@@ -195,3 +185,22 @@ class Probe:
                 }
             )
         return rows
+
+
+def span_ranks(store: TokenStore, queries: Sequence[MaskedQuery], candidates: Candidates) -> list[int]:
+    """The place, from 0, of each query's first candidate that holds its masked span; -1: none does.
+
+    The null block takes no place. Of a query whose masked tokens are one span.
+    """
+    tokenizer, ranks = store.tokenizer(), []
+    for query, ids, null in zip(queries, candidates.block_ids, candidates.is_null, strict=True):
+        first = query.sentence[0] + int(query.positions[0])
+        masked = int((query.tokens == tokenizer.mask_id).sum())  # labels may be fewer
+        span = store.body_tokens(query.origin_block_id)[first : first + masked]
+        found = [
+            place
+            for place, block in enumerate(ids[~null].tolist())
+            if block != NO_BLOCK and holds_span(store.body_tokens(block), span, tokenizer)
+        ]
+        ranks.append(found[0] if found else -1)
+    return ranks

@@ -438,8 +438,13 @@ class Pretrainer:
     def _ict_sampler(self) -> IctSampler | None:
         """Where the sentences of the inverse cloze term come from; None where it is off."""
         settings, ict = self.config.pretrain, self.config.ict
-        if settings.objective == "ict" and not settings.ict_weight:
-            raise ConfigError("pretrain.ict_weight: expected more than 0 with pretrain.objective=ict, got 0")
+        if settings.objective == "ict":
+            if not settings.train_retriever:
+                raise ConfigError("pretrain.train_retriever: expected true with pretrain.objective=ict")
+            if not settings.ict_weight:
+                raise ConfigError(
+                    "pretrain.ict_weight: expected more than 0 with pretrain.objective=ict, got 0"
+                )
         if not (settings.ict_weight and settings.train_retriever):
             return None
         sampler = IctSampler(

@@ -903,6 +903,17 @@ def test_block_texts_says_why_there_are_none(run):
     assert block_texts(RunData.read(run)) == "the run does not say where its corpus is"
 
 
+def test_span_recall_is_shown_where_it_was_measured(run):
+    assert "hidden words that stand in" not in page_of(run).text
+    path = run / "pretrain" / "evaluations.jsonl"
+    found = {"before": {"1": 15.0, "7": 41.25}, "after": {"1": 17.5, "7": 45.5}}
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    lines(path, [record | {"span_recall": found[record["when"]]} for record in records])
+    shown = page_of(run).text
+    assert "hidden words that stand in the first block found15.0%17.5%+2.5" in shown
+    assert "hidden words that stand in one of the first 7 blocks found41.2%45.5%+4.2" in shown
+
+
 def test_warm_starts_have_a_section_when_they_were_run(run):
     assert "warmstart" not in page_of(run).sections
     ict = {"sentences": 256, "blocks": 10_033}

@@ -33,8 +33,6 @@ SETTINGS = (
     f"pretrain.steps={STEPS}",
     "pretrain.batch_queries=4",
     "pretrain.num_candidates=3",
-    "pretrain.ict_weight=.5",
-    "pretrain.ict_queries=8",
     "pretrain.reader_lr=3e-3",
     "pretrain.embedder_lr=3e-3",
     "pretrain.checkpoint_every_steps=2",
@@ -315,7 +313,7 @@ def test_hours_decide_the_steps_by_what_a_trial_measured(tmp_path, out, config, 
     plan = shared.make_plan(moved, arm=REALM, seeds=3, hours=5, questions=questions)
     left_s = 0.95 * (5 * 3600 - plan["spent_s"]) / runs - (refreshes + 2) * 10 - plan["measure_s"]
     assert plan["steps"] == int(left_s / 2)
-    assert plan["refresh_every_steps"] == plan["steps"] // refreshes
+    assert plan["refresh_every_steps"] == math.ceil(plan["steps"] / (refreshes + 1))
     monkeypatch.setattr(shared, "_trial", None)  # what was planned is not planned again
     assert shared.make_plan(moved, arm=REALM, seeds=3, hours=9, questions=questions)["steps"] == plan["steps"]
 

@@ -593,6 +593,11 @@ def test_the_inverse_cloze_term_can_train_the_retriever_alone(tmp_path, store):
     run, config = new_run(tmp_path / "without", store, "pretrain.objective=ict")
     with pytest.raises(ConfigError, match=r"pretrain\.ict_weight: expected more than 0"):
         Pretrainer(run, config, resume=False, progress=False)
+    run, config = new_run(
+        tmp_path / "still", store, "pretrain.objective=ict", "pretrain.train_retriever=false"
+    )
+    with pytest.raises(ConfigError, match=r"pretrain\.train_retriever: expected true"):
+        Pretrainer(run, config, resume=False, progress=False)
 
 
 def _candidates(trainer, queries):

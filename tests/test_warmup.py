@@ -9,7 +9,14 @@ import torch
 from realm_fast.checkpoint import newest_checkpoint
 from realm_fast.config import apply_overrides
 from realm_fast.corpus import build_corpus
-from realm_fast.errors import ConfigError, DataError, Interrupted, ProvenanceError, UserError
+from realm_fast.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    DataError,
+    Interrupted,
+    ProvenanceError,
+    UserError,
+)
 from realm_fast.evidence import Bm25, Evidence, build_evidence, evidence_path
 from realm_fast.masking import Masker, build_salient_spans
 from realm_fast.metrics import read_jsonl, read_metrics
@@ -122,6 +129,7 @@ def test_the_closest_block_wins_and_copies_are_no_evidence(tmp_path):
             "many people live in the old town of nobu and Xobu .",
             "the old town of nobu has a river , Xobua .",  # another word, with the span's pieces at its start
             "the old town of nobu has a river , Xobu .",  # the same text
+            "a town .",  # silent about it, and farther than the next
             "the old town has a river .",  # close, and silent about it
         ],
     )
@@ -129,7 +137,22 @@ def test_the_closest_block_wins_and_copies_are_no_evidence(tmp_path):
     evidence = build_evidence(store, spans, progress=False, num_workers=1)
     assert spans.labels(0) == ["NAME"]
     assert evidence.block_ids[spans.offsets[0]] == 3
-    assert evidence.distractor_ids[spans.offsets[0]] == 6
+    assert evidence.distractor_ids[spans.offsets[0]] == 7
+
+
+def test_distractors_that_tie_go_by_the_lower_id(tmp_path):
+    alike = [f"the river runs {'north ' * (i % 2)}here ." for i in range(200)]
+    store = make_store(
+        tmp_path, [*(text for text in alike), "the river runs by Xobu .", "many live in Xobu ."]
+    )
+    spans = build_salient_spans(store, "rules", progress=False, num_workers=1)
+    evidence = build_evidence(store, spans, progress=False, num_workers=1)
+    assert evidence.block_ids[spans.offsets[200]] == 201
+    assert evidence.distractor_ids[spans.offsets[200]] == 0
+    short = evidence.path / "distractors.bin"
+    short.write_bytes(short.read_bytes()[:-4])
+    with pytest.raises(CorruptArtifactError, match="distractors"):
+        Evidence.open(evidence.path, spans)
 
 
 def test_evidence_is_kept_and_checked(tmp_path, store, spans, evidence):

@@ -114,8 +114,8 @@ ICT_EVALUATION = {
 }
 WARMUP_EVALUATION = {
     "when": str, "step": int, "queries": int, "spans": int, "spans_with_evidence": int,
-    "nll_evidence": float, "nll_null": float, "nll_distractor": float, "nll_random": float,
-    "accuracy_evidence": Share, "accuracy_null": Share, "accuracy_distractor": Share,
+    "nll_evidence": float, "nll_null": float, "nll_distractor?": float, "nll_random": float,
+    "accuracy_evidence": Share, "accuracy_null": Share, "accuracy_distractor?": Share,
     "accuracy_random": Share,
 }  # fmt: skip
 DEV_EVALUATION = {

@@ -45,8 +45,8 @@ def _warmup(evaluations: list[Record] | None) -> Markup | None:
     rows = [
         [
             f"{line['when']} (step {line['step']:,})",
-            *(_or_dash(line[f"nll_{name}"], 2) for name in names),
-            *(_or_dash(100 * line[f"accuracy_{name}"], 1) for name in names),
+            *(_or_dash(line.get(f"nll_{name}"), 2) for name in names),
+            *(_or_dash(line.get(f"accuracy_{name}"), 1, 100) for name in names),
         ]
         for line in evaluations
     ]
@@ -66,5 +66,5 @@ def _warmup(evaluations: list[Record] | None) -> Markup | None:
     )
 
 
-def _or_dash(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _or_dash(value: float | None, digits: int, factor: float = 1) -> str:
+    return "–" if value is None else f"{factor * value:.{digits}f}"

@@ -35,7 +35,7 @@ from realm_fast.qa_model import index_of
 from realm_fast.questions import load_questions, save_questions
 from realm_fast.reader import Reader
 from realm_fast.reading import questions_hash
-from realm_fast.reproduce.arms import ABLATIONS, REFRESHES, Arm
+from realm_fast.reproduce.arms import ABLATIONS, REFRESHES, Arm, refresh_every_steps
 from realm_fast.run_folder import RunFolder
 from realm_fast.snapshot import open_snapshot
 from realm_fast.stage import StageTrainer, stage_dir
@@ -87,7 +87,7 @@ class Shared:
             f"pretrain.start_embedder={self.start_embedder}",
             f"pretrain.start_reader={self.start_reader}",
         ]
-        every = max(1, steps // REFRESHES) * arm.stale_factor
+        every = refresh_every_steps(steps) * arm.stale_factor
         return apply_overrides(
             self.config,
             [
@@ -111,7 +111,7 @@ class Shared:
             embedder.to(device),
             reader.to(device),
             temperature=config.pretrain.score_temperature,
-            null_score_offset=config.pretrain.null_score_offset,
+            null_score_offset=run.config().pretrain.null_score_offset,  # it belongs to the weights
         ).eval()
         path = index_of(run, embedder, self.store, config, out=run.evaluate_dir / "snapshots", step=step)
         held_out = Masker(self.store, config.masking, config.seed, self.spans, split="heldout")
@@ -251,7 +251,7 @@ def make_plan(shared: Shared, *, arm: Arm, seeds: int, hours: float | None, ques
                 f"index and evaluation, {spent_s:.0f} s are spent); or give fewer --seeds"
             )
         plan |= {"steps": steps, "measure_s": measure_s, "spent_s": spent_s, **timed}
-    plan |= {"refresh_every_steps": max(1, plan["steps"] // REFRESHES), "start": start, "identity": identity}
+    plan |= {"refresh_every_steps": refresh_every_steps(plan["steps"]), "start": start, "identity": identity}
     write_json(path, plan)
     return plan
 
