@@ -33,6 +33,7 @@ SETTINGS = (
     f"pretrain.steps={STEPS}",
     "pretrain.batch_queries=4",
     "pretrain.num_candidates=3",
+    "pretrain.null_score_offset=1",
     "pretrain.reader_lr=3e-3",
     "pretrain.embedder_lr=3e-3",
     "pretrain.checkpoint_every_steps=2",
