@@ -120,6 +120,8 @@ def settings(folder: Path, *overrides: str) -> Config:
             "masking.max_masks=1",
             "warmup.steps=120",
             "warmup.batch_queries=64",
+            "warmup.evidence_probability=0.8",  # the other blocks of this corpus are distractors enough
+            "warmup.distractor_probability=0",
             "warmup.reader_lr=4e-3",
             f"pretrain.steps={STEPS}",
             "pretrain.batch_queries=32",
