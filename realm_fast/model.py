@@ -7,8 +7,8 @@
 
 The index only chose the candidates. Scores are computed afresh here, s_bz = q_b . d_bz / temperature (for the
 null block plus an offset, which is 0 unless set), with gradient for query and block, and from them
-p(z | x) = softmax over the K slots. The reader sees every
-candidate beside the query, and the loss is the negative marginal log-likelihood of the masked words.
+p(z | x) = softmax over the K slots. The reader sees every candidate beside the query, and the loss is the
+negative marginal log-likelihood of the masked words.
 
 Two savings change no value: a block that is a candidate of several queries is embedded once (the null block,
 a candidate of all of them, above all), and rows are grouped by length before they go through a trunk.

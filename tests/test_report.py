@@ -934,6 +934,9 @@ def test_warm_starts_have_a_section_when_they_were_run(run):
     assert "after (step 250)23.461.7" in shown
     assert "2.773.964.025.4141.20.00.00.0" in shown
     assert "34,301 of 61,894 salient spans" in shown
+    old = {name: value for name, value in (counts | nll | reading).items() if "distractor" not in name}
+    lines(run / "warmup" / "evaluations.jsonl", [{"when": "after", "step": 900, **old}])
+    assert "2.773.96–5.410.00.0–0.0" in page_of(run).sections["warmstart"]  # of before there were distractors
     lines(run / "ict" / "evaluations.jsonl", [{"when": "before", "step": 0, **ict, "recall": {"1": 120}}])
     with pytest.raises(CorruptArtifactError, match=r"recall.1: expected a number between 0 and 100, got 120"):
         page_of(run)
