@@ -383,6 +383,28 @@ def test_means_and_differences_by_hand():
     assert table.seeds_cell(summary) == "2 (diverged: seed 1)"
 
 
+def test_an_arm_far_from_all_others_does_not_squash_the_plot(tmp_path):
+    near = [{"mean": mean, "std": 0.1, "by_seed": {0: mean}} for mean in (7.9, 8.0, 8.1, 7.7)]
+    far = {"mean": 0.1, "std": 0.01, "by_seed": {0: 0.1}}
+    means = [metric["mean"] for metric in (*near, far)]
+    low, high = table._shown_range(means)
+    assert low <= min(means[:4])
+    assert max(means) <= high
+    assert far["mean"] < low
+    assert table._shown_range(means[-3:]) == (-math.inf, math.inf)
+    seen = []
+    pyplot = table.import_pyplot()
+    close, pyplot.close = pyplot.close, seen.append
+    try:
+        table.plot(tmp_path / "plot.png", list("abcde"), [("R@5", [*near, far], 1.0)])
+    finally:
+        pyplot.close = close
+    (axis,) = seen[0].axes
+    assert axis.get_xlim()[0] > 7
+    assert [text.get_text().split() for text in axis.texts] == [["←", "0.1"]]
+    pyplot.close(seen[0])
+
+
 # ---------------------------------------------------------------- bad input
 
 

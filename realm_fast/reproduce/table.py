@@ -12,6 +12,8 @@ from realm_fast.files import atomic_file
 # The 97.5% quantile of Student's t for 1, 2, ... degrees of freedom; the last serves for more: the safe side.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
+OFF_SCALE = 6  # see _shown_range
+
 PAIRED = (
     "Mean difference over the seeds ± half of its 95% confidence interval (Student's t of the differences; a "
     "seed is the same data in the same order for all). Bold where the interval leaves out 0; where nothing "
@@ -141,13 +143,23 @@ def import_pyplot() -> Any:
     return pyplot
 
 
+def _shown_range(means: Sequence[float]) -> tuple[float, float]:
+    """The median ± OFF_SCALE times the way to the farther quartile; everything, with fewer than four."""
+    if len(means) < 4:
+        return -math.inf, math.inf
+    lower, middle, upper = statistics.quantiles(means, n=4, method="inclusive")
+    reach = OFF_SCALE * max(middle - lower, upper - middle)
+    return middle - reach, middle + reach
+
+
 def plot(
     path: Path,
     titles: Sequence[str],
     panels: Sequence[tuple[str, Sequence[Mapping[str, Any]], float]],
 ) -> None:
     """Draws one panel for each metric, one row for each arm, bars of one standard deviation; the first arm's
-    mean is carried down as a line.
+    mean is carried down as a line. An arm far from all others stands at the edge, with its value: to scale it
+    would leave the others one spot.
 
     Args:
         titles: of the arms.
@@ -158,7 +170,16 @@ def plot(
         1, len(panels), figsize=(1 + 4 * len(panels), 1.2 + 0.4 * len(titles)), sharey=True, squeeze=False
     )
     for axis, (name, metrics, scale) in zip(axes[0], panels, strict=True):
+        low, high = _shown_range([scale * m["mean"] for m in metrics if m["mean"] is not None])
         for row, metric in enumerate(metrics):
+            if metric["mean"] is not None and not low <= scale * metric["mean"] <= high:
+                left = scale * metric["mean"] < low
+                axis.annotate(
+                    f"{'←' if left else ''} {scale * metric['mean']:.3g} {'' if left else '→'}",
+                    (0.01 if left else 0.99, row), xycoords=("axes fraction", "data"),
+                    ha="left" if left else "right", va="center", color="tab:blue",
+                )  # fmt: skip
+                continue
             if metric["mean"] is not None:
                 axis.errorbar(
                     scale * metric["mean"], row, xerr=scale * (metric["std"] or 0), fmt="o", capsize=3,
@@ -170,6 +191,7 @@ def plot(
             axis.axvline(scale * metrics[0]["mean"], color="black", linewidth=0.6, linestyle=":")
         axis.set_xlabel(name)
     axes[0][0].set_yticks(range(len(titles)), titles)
+    axes[0][0].set_ylim(-0.6, len(titles) - 0.4)
     axes[0][0].invert_yaxis()
     figure.tight_layout()
     with atomic_file(path) as file:
