@@ -177,12 +177,12 @@ def load_trunk(
             intermediate=,dropout=,type=bert|distilbert|roberta]`, drawn from torch's random generator.
         mlm_head: with the masked-LM head; if the weights hold none, a fresh one with tied embeddings (noted).
         vocab_size: the tokenizer's; the default for `fresh:`, and checked for every other.
-        dropout: probability in all of its layers, in training; below 0: as the spec or its config.json says.
+        dropout: probability in all of its layers, in training; -1: as the spec or its config.json says.
 
     Raises:
         UserError: the spec names nothing usable; the message says what was tried.
-        ConfigError: a `fresh:` spec is malformed, the vocabulary is of another size, or there is no
-            dropout to be set.
+        ConfigError: a `fresh:` spec is malformed, the vocabulary is of another size, dropout is no
+            probability, or there is none to be set.
     """
     text = str(spec)
     if text.startswith("fresh:"):
@@ -250,9 +250,13 @@ def _bert_layer(
 
 
 def _set_dropout(config: Any, dropout: float, source: str) -> None:
-    """Writes `dropout` over every dropout probability of a trunk's configuration; below 0: leaves them."""
-    if dropout < 0:
+    """Writes `dropout` over every dropout probability of a trunk's configuration; -1: leaves them."""
+    if dropout == -1:
         return
+    if not 0 <= dropout < 1:
+        raise ConfigError(
+            f"trunk_dropout: expected -1, or a probability of at least 0 and below 1, got {dropout:g}."
+        )
     names = [
         name
         for name, value in config.to_dict().items()

@@ -313,6 +313,12 @@ def test_dropout_of_a_hugging_face_folder_can_be_set(store, batch, hf_folder):
     assert trunk.model.embeddings.dropout.p == 0.5
 
 
+@pytest.mark.parametrize("dropout", [-0.5, 1.0, float("nan")])
+def test_what_is_no_probability_is_refused(store, dropout):
+    with pytest.raises(ConfigError, match=r"trunk_dropout: expected -1, or a probability .* got"):
+        load_trunk(TRUNK, mlm_head=False, vocab_size=store.vocab_size, dropout=dropout)
+
+
 def test_a_trunk_without_dropout_is_named(store, monkeypatch):
     from transformers import AutoConfig
 

@@ -15,9 +15,10 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 OFF_SCALE = 6  # see _shown_range
 
 PAIRED = (
-    "Mean difference over the seeds ± half of its 95% confidence interval (Student's t of the differences; a "
-    "seed is the same data in the same order for all). Bold where the interval leaves out 0; where nothing "
-    "differs, one cell in twenty is bold by chance."
+    "Mean difference over the seeds ± half of its 95% confidence interval (Student's t of the differences). "
+    "Bold where the interval leaves out 0; where nothing differs, one cell in twenty is bold by chance. The "
+    "interval is that of training: all runs are measured on the same sentences and questions, and which those"
+    " are is not in it."
 )
 
 
@@ -56,8 +57,8 @@ def paired_difference(
 
         mean(d) ± t(n - 1) std(d) / sqrt(n),    d_s = arm_s - reference_s
 
-    the 95% confidence interval of Student's t. A seed decides what is masked and in which order, for both
-    alike: what that does to both cancels in d.
+    the 95% confidence interval of Student's t. A seed decides what is drawn and in which order, and what that
+    does to both cancels in d; arms that mask or retrieve in another way share less of it.
 
     Args:
         arm, reference: of `summarise`.
@@ -144,12 +145,12 @@ def import_pyplot() -> Any:
 
 
 def _shown_range(means: Sequence[float]) -> tuple[float, float]:
-    """The median ± OFF_SCALE times the way to the farther quartile; everything, with fewer than four."""
+    """The median ± OFF_SCALE times the way to the farther quartile; everything, where that says nothing."""
     if len(means) < 4:
         return -math.inf, math.inf
     lower, middle, upper = statistics.quantiles(means, n=4, method="inclusive")
     reach = OFF_SCALE * max(middle - lower, upper - middle)
-    return middle - reach, middle + reach
+    return (middle - reach, middle + reach) if reach > 0 else (-math.inf, math.inf)
 
 
 def plot(
@@ -170,25 +171,25 @@ def plot(
         1, len(panels), figsize=(1 + 4 * len(panels), 1.2 + 0.4 * len(titles)), sharey=True, squeeze=False
     )
     for axis, (name, metrics, scale) in zip(axes[0], panels, strict=True):
-        low, high = _shown_range([scale * m["mean"] for m in metrics if m["mean"] is not None])
-        for row, metric in enumerate(metrics):
-            if metric["mean"] is not None and not low <= scale * metric["mean"] <= high:
-                left = scale * metric["mean"] < low
+        means = [None if m["mean"] is None or math.isnan(m["mean"]) else scale * m["mean"] for m in metrics]
+        low, high = _shown_range([mean for mean in means if mean is not None])
+        for row, (metric, mean) in enumerate(zip(metrics, means, strict=True)):
+            color = "tab:blue" if row else "black"
+            if mean is not None and not low <= mean <= high:
+                left = mean < low
                 axis.annotate(
-                    f"{'←' if left else ''} {scale * metric['mean']:.3g} {'' if left else '→'}",
+                    f"← {mean:.3g}" if left else f"{mean:.3g} →",
                     (0.01 if left else 0.99, row), xycoords=("axes fraction", "data"),
-                    ha="left" if left else "right", va="center", color="tab:blue",
+                    ha="left" if left else "right", va="center", color=color,
                 )  # fmt: skip
                 continue
-            if metric["mean"] is not None:
-                axis.errorbar(
-                    scale * metric["mean"], row, xerr=scale * (metric["std"] or 0), fmt="o", capsize=3,
-                    color="tab:blue" if row else "black",
-                )  # fmt: skip
+            if mean is not None:
+                spread = scale * (metric["std"] or 0)
+                axis.errorbar(mean, row, xerr=spread, fmt="o", capsize=3, color=color)
             values = [scale * value for value in metric["by_seed"].values()]
             axis.plot(values, [row] * len(values), "|", color="gray")
-        if metrics and metrics[0]["mean"] is not None:
-            axis.axvline(scale * metrics[0]["mean"], color="black", linewidth=0.6, linestyle=":")
+        if means and means[0] is not None and low <= means[0] <= high:
+            axis.axvline(means[0], color="black", linewidth=0.6, linestyle=":")
         axis.set_xlabel(name)
     axes[0][0].set_yticks(range(len(titles)), titles)
     axes[0][0].set_ylim(-0.6, len(titles) - 0.4)
