@@ -27,6 +27,7 @@ PYBIND11_MODULE(_native, m) {
     d["avx512"] = f.avx512;
     d["avx512bf16"] = f.avx512bf16;
     d["avx512vnni"] = f.avx512vnni;
+    d["amx"] = f.amx;
     return d;
   });
   m.def("available_cpu_levels", &realm_fast::available_cpu_levels);

@@ -4,6 +4,13 @@
 #include <mutex>
 #include <optional>
 #include <stdexcept>
+#ifdef REALM_FAST_X86
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 namespace realm_fast {
 namespace {
@@ -26,13 +33,40 @@ CpuFeatures features_of(const std::string& level) {
     f.avx512vnni = true;
     return f;
   }
+  if (level == "amx") {
+    f.avx512bf16 = f.avx512vnni = f.amx = true;
+    return f;
+  }
   throw std::invalid_argument(
-      "REALM_FAST_CPU: expected generic, avx2, avx512, avx512bf16 or avx512vnni, got '" + level + "'");
+      "REALM_FAST_CPU: expected generic, avx2, avx512, avx512bf16, avx512vnni or amx, got '" + level + "'");
 }
 
 bool supported(const CpuFeatures& wanted, const CpuFeatures& have) {
   return (!wanted.avx2 || have.avx2) && (!wanted.avx512 || have.avx512) &&
-         (!wanted.avx512bf16 || have.avx512bf16) && (!wanted.avx512vnni || have.avx512vnni);
+         (!wanted.avx512bf16 || have.avx512bf16) && (!wanted.avx512vnni || have.avx512vnni) &&
+         (!wanted.amx || have.amx);
+}
+
+// AMX is not in __builtin_cpu_supports of GCC 12. Beside the CPU's word (leaf 7: bfloat16, tiles, int8) it
+// takes the system's: registers saved (XGETBV: tile configuration, tile data), and on Linux, where tile data
+// is too large to be given to every process, a request, which holds for all threads of the process. It is
+// refused where a signal stack is too small for the registers.
+bool amx_is_available() {
+#if defined(REALM_FAST_X86) && defined(__linux__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & bit_OSXSAVE) == 0) return false;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;
+  if ((edx & kNeeded) != kNeeded) return false;
+  unsigned saved = 0, high = 0;
+  asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  constexpr unsigned kTileState = 1u << 17 | 1u << 18;
+  if ((saved & kTileState) != kTileState) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 CpuFeatures resolve(const std::string& level) {
@@ -61,8 +95,9 @@ CpuFeatures detected_cpu_features() {
                __builtin_cpu_supports("avx512cd");
     f.avx512bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
     f.avx512vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
-#ifdef REALM_FAST_EMULATED_AVX512  // tests/native/emulated_avx512.h
-    f.avx512 = f.avx512bf16 = f.avx512vnni = f.avx2;
+    f.amx = f.avx512bf16 && f.avx512vnni && amx_is_available();
+#ifdef REALM_FAST_EMULATED_AVX512  // tests/native/emulated_avx512.h, emulated_amx.h
+    f.avx512 = f.avx512bf16 = f.avx512vnni = f.amx = f.avx2;
 #endif
 #endif
     return f;
@@ -90,7 +125,7 @@ void force_cpu_level(const std::string& level) {
 
 std::vector<std::string> available_cpu_levels() {
   std::vector<std::string> names;
-  for (const char* name : {"generic", "avx2", "avx512", "avx512bf16", "avx512vnni"}) {
+  for (const char* name : {"generic", "avx2", "avx512", "avx512bf16", "avx512vnni", "amx"}) {
     if (supported(features_of(name), detected_cpu_features())) names.emplace_back(name);
   }
   return names;

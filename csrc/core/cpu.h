@@ -1,8 +1,8 @@
 // Which instruction sets this process may use, and which one it was told to use.
 //
 // Levels are ordered; a level includes the ones before it, except that bf16 and vnni are siblings on
-// top of avx512. REALM_FAST_CPU=generic|avx2|avx512|avx512bf16|avx512vnni forces a level (a level the CPU
-// lacks raises); unset means the best the CPU has.
+// top of avx512 (amx includes both). REALM_FAST_CPU=generic|avx2|avx512|avx512bf16|avx512vnni|amx forces a
+// level (a level the CPU lacks raises); unset means the best the CPU has.
 #pragma once
 
 #include <string>
@@ -15,6 +15,7 @@ struct CpuFeatures {
   bool avx512 = false;      // F + BW + DQ + VL + CD
   bool avx512bf16 = false;  // avx512 + BF16
   bool avx512vnni = false;  // avx512 + VNNI
+  bool amx = false;         // avx512bf16 + avx512vnni + AMX tiles, with bfloat16 and int8 products
 };
 
 // What the CPU and the operating system support, whatever is forced.

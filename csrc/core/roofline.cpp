@@ -40,6 +40,7 @@ float add_and_multiply(int64_t iterations) {
 Loop choose_loop(Kind kind) {
   const CpuFeatures features = cpu_features();
 #ifdef REALM_FAST_X86
+  if (features.amx && amx_loop(kind).run != nullptr) return amx_loop(kind);
   if (kind == Kind::bfloat16 && features.avx512bf16) return avx512bf16_loop();
   if (kind == Kind::int8 && features.avx512vnni) return avx512vnni_loop();
   if (features.avx512 && avx512_loop(kind).run != nullptr) return avx512_loop(kind);

@@ -21,6 +21,7 @@ Loop avx2_loop(Kind kind);
 Loop avx512_loop(Kind kind);
 Loop avx512bf16_loop();
 Loop avx512vnni_loop();
+Loop amx_loop(Kind kind);
 // Reads `bytes` (a multiple of 512) and returns something that depends on them.
 float read_avx2(const char* data, int64_t bytes);
 float read_avx512(const char* data, int64_t bytes);

@@ -21,6 +21,8 @@ namespace realm_fast::mips {
 constexpr int kPanelRows = 48;
 constexpr int kGroupQueries = 8;  // queries that one pass over a panel serves
 constexpr int kStepBytes = 4;     // bytes of a row in a step
+constexpr int kTileQueries = 16;  // AMX: queries and steps of one tile of packed queries
+constexpr int kTileSteps = 16;
 
 // One run: `num_panels` adjacent panels against groups [first_group, end_group) of packed queries.
 struct ScanRun {
@@ -29,7 +31,8 @@ struct ScanRun {
   int64_t num_panels;
   int64_t steps;
   const char* queries;             // groups of [steps][width] query steps, one after the other; steps of
-                                   // 8 bytes as [steps][2][width] halves
+                                   // 8 bytes as [steps][2][width] halves; for AMX tiles of two groups,
+                                   // [ceil(steps / 16)][16 queries][16 steps], what is missing being 0
   int64_t first_group, end_group;  // queries 8*g .. 8*g+7
   int64_t num_groups;              // in all; only the last one may be narrower than 8
   int last_width;                  // 1, 2, 4 or 8
@@ -59,6 +62,9 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 void scan_bfloat16_avx512bf16(const ScanRun& run);
 void scan_int8_avx512vnni(const ScanRun& run);
+// These two take their queries in tiles; first_group is even.
+void scan_bfloat16_amx(const ScanRun& run);
+void scan_int8_amx(const ScanRun& run);
 #endif
 
 }  // namespace realm_fast::mips

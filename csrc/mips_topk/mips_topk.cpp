@@ -135,6 +135,7 @@ struct KernelSet {
   const Kernels* base;
   void (*scan[3])(const ScanRun&);  // by Dtype
   int query_step_bytes[3];
+  bool query_tiles[3];  // queries are packed in tiles (see ScanRun::queries)
 };
 
 KernelSet choose_kernels() {
@@ -147,7 +148,8 @@ KernelSet choose_kernels() {
 #endif
   KernelSet set{base,
                 {base->scan_float32, base->scan_bfloat16, int8->scan_int8},
-                {kStepBytes, base->bfloat16_query_step_bytes, int8->int8_query_step_bytes}};
+                {kStepBytes, base->bfloat16_query_step_bytes, int8->int8_query_step_bytes},
+                {false, false, false}};
 #ifdef REALM_FAST_X86
   if (features.avx512bf16) {
     set.scan[1] = scan_bfloat16_avx512bf16;
@@ -156,6 +158,11 @@ KernelSet choose_kernels() {
   if (features.avx512vnni) {
     set.scan[2] = scan_int8_avx512vnni;
     set.query_step_bytes[2] = 4;
+  }
+  if (features.amx) {
+    set.scan[1] = scan_bfloat16_amx;
+    set.scan[2] = scan_int8_amx;
+    set.query_tiles[1] = set.query_tiles[2] = true;
   }
 #endif
   (void)features;
@@ -192,7 +199,12 @@ PackedQueries pack_queries(Dtype dtype, const KernelSet& kernels, const float* q
   const int64_t num_groups = (num_queries + kGroupQueries - 1) / kGroupQueries;
   const int last_width = tail_width(num_queries % kGroupQueries);
   const int64_t padded = num_groups * kGroupQueries;
-  PackedQueries packed{Aligned<char>(padded * steps * step_bytes),
+  const bool in_tiles = kernels.query_tiles[static_cast<int>(dtype)];
+  const int64_t step_tiles = (steps + kTileSteps - 1) / kTileSteps;
+  const int64_t packed_steps =
+      in_tiles ? (num_queries + kTileQueries - 1) / kTileQueries * kTileQueries * step_tiles * kTileSteps
+               : padded * steps;
+  PackedQueries packed{Aligned<char>(packed_steps * step_bytes),
                        Aligned<int32_t>(padded),
                        {},
                        num_queries,
@@ -212,6 +224,13 @@ PackedQueries pack_queries(Dtype dtype, const KernelSet& kernels, const float* q
     char* out = packed.data.data + group * steps * kGroupQueries * step_bytes + (q % kGroupQueries) * 4;
     const int64_t stride = width * step_bytes;
     const int64_t half_stride = width * 4;
+    char* tile_row = packed.data.data + (q / kTileQueries * step_tiles * kTileQueries + q % kTileQueries) *
+                                            kTileSteps * kStepBytes;
+    const auto step_at = [&](int64_t step) {  // where steps are whole
+      return in_tiles
+                 ? tile_row + (step / kTileSteps * kTileQueries * kTileSteps + step % kTileSteps) * kStepBytes
+                 : out + step * stride;
+    };
     const float* values = queries + q * dim;
     if (dtype == Dtype::float32) {
       for (int64_t d = 0; d < dim; ++d) std::memcpy(out + d * stride, values + d, sizeof(float));
@@ -230,7 +249,7 @@ PackedQueries pack_queries(Dtype dtype, const KernelSet& kernels, const float* q
       quantised = quantise_bfloat16(values, dim, bfloat16.data());
       for (int64_t d = 0; d < dim; ++d) {
         if (step_bytes == 4) {
-          std::memcpy(out + (d / 2) * stride + (d % 2) * 2, &bfloat16[d], 2);
+          std::memcpy(step_at(d / 2) + (d % 2) * 2, &bfloat16[d], 2);
         } else {
           const uint32_t bits = static_cast<uint32_t>(bfloat16[d]) << 16;
           std::memcpy(out + d * half_stride, &bits, 4);
@@ -244,7 +263,7 @@ PackedQueries pack_queries(Dtype dtype, const KernelSet& kernels, const float* q
         sum += integers[d];
         if (step_bytes == 4) {
           const auto value = static_cast<int8_t>(integers[d]);
-          std::memcpy(out + (d / 4) * stride + d % 4, &value, 1);
+          std::memcpy(step_at(d / 4) + d % 4, &value, 1);
         } else {
           std::memcpy(out + (d / 2) * half_stride + (d % 2) * 2, &integers[d], 2);
         }
@@ -619,7 +638,7 @@ std::vector<Stage> make_stages(const Pass& pass) {
   const int64_t groups = pass.packed.num_groups;
   const int64_t parts =
       threads == 1 ? 1 : std::clamp<int64_t>(threads * 4 / std::max<int64_t>(chunks, 1), 1, (groups + 3) / 4);
-  const int64_t part_groups = (groups + parts - 1) / parts;
+  const int64_t part_groups = ((groups + parts - 1) / parts + 1) / 2 * 2;  // whole tiles of queries
   // Samples: the first panel of every eighth run, then that of the other runs. Whole runs would not do: where
   // similar rows stand together, they would be sampled together.
   const bool sample = pass.search.guess && parts == 1 && chunk >= 4 && chunks >= 64;

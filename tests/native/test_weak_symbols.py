@@ -18,9 +18,10 @@ FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"],
     "avx512bf16": ["-mavx512bf16"],
     "avx512vnni": ["-mavx512vnni"],
+    "amx": ["-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 SOURCES = sorted(
-    p for p in ROOT.glob("csrc/*/*.cpp") if re.search(r"_(avx2|avx512(bf16|vnni)?)\.cpp$", p.name)
+    p for p in ROOT.glob("csrc/*/*.cpp") if re.search(r"_(avx2|avx512(bf16|vnni)?|amx)\.cpp$", p.name)
 )
 
 
