@@ -523,8 +523,9 @@ def _cell(row: Row) -> str:
     return text + (f" [finds {row.found:.1%}]" if row.found < 1 else "")
 
 
-def plot(rows: Sequence[Row], limits: roofline.Limits, folder: Path) -> dict[str, str]:
+def plot(rows: Sequence[Row], limits: roofline.Limits, folder: Path, slug: str) -> dict[str, str]:
     """Draws the headline cases beside limits and beside peers; returns what each file shows, by name."""
+    roofs, peers = f"mips_topk_roofline_{slug}.png", f"mips_topk_peers_{slug}.png"
     import matplotlib
 
     matplotlib.use("Agg")
@@ -561,7 +562,7 @@ def plot(rows: Sequence[Row], limits: roofline.Limits, folder: Path) -> dict[str
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(folder / "mips_topk_roofline.png", dpi=110)
+    figure.savefig(folder / roofs, dpi=110)
     pyplot.close(figure)
 
     count = len({row.method for row in headline})
@@ -583,11 +584,11 @@ def plot(rows: Sequence[Row], limits: roofline.Limits, folder: Path) -> dict[str
         axes.set_axis_off()
     figure.suptitle(f"{title}; ours in colour (blue float32, orange bfloat16, green int8)")
     figure.tight_layout()
-    figure.savefig(folder / "mips_topk_peers.png", dpi=110)
+    figure.savefig(folder / peers, dpi=110)
     pyplot.close(figure)
     return {
-        "mips_topk_roofline.png": "Rates of ours and of tuned faiss under the machine's limits",
-        "mips_topk_peers.png": "Time a call of every method, by batch size",
+        roofs: "Rates of ours and of tuned faiss under the machine's limits",
+        peers: "Time a call of every method, by batch size",
     }
 
 
@@ -632,8 +633,10 @@ def main(argv: list[str] | None = None) -> None:
     table = markdown(record)
     print("\n" + table)
     if arguments.docs:
-        pictures = plot(*rows_of(record), ROOT / "docs" / "images")
-        write_docs("\n\n".join([*(f"![{text}](../images/{name})" for name, text in pictures.items()), table]))
+        slug = roofline.device_slug(record["machine"])
+        pictures = plot(*rows_of(record), ROOT / "docs" / "images", slug)
+        shown = [f"![{text}](../images/{name})" for name, text in pictures.items()]
+        write_docs("\n\n".join([*shown, table]), slug)
 
 
 def measure(
@@ -661,10 +664,13 @@ def measure(
     return record
 
 
-def write_docs(content: str) -> None:
+def write_docs(content: str, slug: str) -> None:
+    """Puts a machine's results where the page has its two marks."""
     page = ROOT / "docs" / "ops" / "mips_topk.md"
-    begin, end = "<!-- results: begin -->", "<!-- results: end -->"
+    begin, end = f"<!-- results {slug}: begin -->", f"<!-- results {slug}: end -->"
     text = page.read_text()
+    if begin not in text or end not in text:
+        raise SystemExit(f"{page}: has no place for this machine; add the lines\n{begin}\n{end}")
     head, tail = text.split(begin)[0], text.split(end)[1]
     page.write_text(f"{head}{begin}\n\n{content}\n{end}{tail}")
 

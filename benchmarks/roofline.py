@@ -22,7 +22,7 @@ import torch
 from realm_fast import _native, cpu_features
 
 KINDS = ("float32", "bfloat16", "int8")
-_BUFFER_BYTES = 1 << 29
+_LEAST_BUFFER_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,18 @@ def measure(threads: int, *, seconds: float = 0.1, repeats: int = 3) -> Limits:
     }
     # Levels without an instruction of their own for a type go through float32.
     operations = {kind: value or operations["float32"] for kind, value in operations.items()}
-    return Limits(threads, operations, _native.read_bytes_per_second(threads, _BUFFER_BYTES, repeats))
+    return Limits(threads, operations, _native.read_bytes_per_second(threads, _buffer_bytes(), repeats))
+
+
+def _buffer_bytes() -> int:
+    """Four times the last cache (hundreds of megabytes on some servers), at most a quarter of the memory."""
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [
+        path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    caches = [int(size.rstrip("KMG")) * units[size.lstrip("0123456789")] for size in sizes]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(_LEAST_BUFFER_BYTES, min(4 * max(caches, default=0), memory // 4))
 
 
 def machine() -> dict[str, object]:
@@ -71,9 +82,9 @@ def machine() -> dict[str, object]:
     }
 
 
-def device_slug() -> str:
-    """The machine's name in a file name, e.g. amd-epyc-family-26-2t."""
-    facts = machine()
+def device_slug(facts: dict[str, object] | None = None) -> str:
+    """The name in a file name, e.g. amd-epyc-family-26-2t, of this machine or that of a results file."""
+    facts = machine() if facts is None else facts
     return re.sub(r"[^a-z0-9]+", "-", f"{facts['cpu']} {facts['threads']}t".lower()).strip("-")
 
 

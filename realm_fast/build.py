@@ -12,7 +12,7 @@ def cpu_features() -> dict[str, Any]:
     """The instruction sets the CPU has, the levels that can be forced, and the one forced, if any.
 
     Returns:
-        `detected`: {"avx2", "avx512", "avx512bf16", "avx512vnni"} -> bool;
+        `detected`: {"avx2", "avx512", "avx512bf16", "avx512vnni", "amx"} -> bool;
         `levels`: names that REALM_FAST_CPU accepts on this machine, weakest first;
         `forced`: the value of REALM_FAST_CPU, or None;
         `num_threads`: torch.get_num_threads(), which the kernels follow.

@@ -56,10 +56,23 @@ def test_methods_run_in_their_processes_and_are_compared(small, tmp_path, capsys
     record = bench.merged(None, roofline.measure(1, seconds=0.01, repeats=1), rows)
     json.dumps(record, allow_nan=False)
     assert "| normal | 700 | 16 | 3 | 9 |" in bench.markdown(record)
-    bench.plot(*bench.rows_of(record), tmp_path)
+    bench.plot(*bench.rows_of(record), tmp_path, "here")
     for name in ("roofline", "peers"):
-        assert (tmp_path / f"mips_topk_{name}.png").stat().st_size > 1000
+        assert (tmp_path / f"mips_topk_{name}_here.png").stat().st_size > 1000
     assert "realm_fast int8" in capsys.readouterr().out
+
+
+def test_a_machine_without_a_place_in_the_page_is_named(tmp_path, monkeypatch):
+    page = tmp_path / "docs" / "ops" / "mips_topk.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("before\n<!-- results here: begin -->\nold\n<!-- results here: end -->\nbehind\n")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    bench.write_docs("new", "here")
+    assert page.read_text() == (
+        "before\n<!-- results here: begin -->\n\nnew\n<!-- results here: end -->\nbehind\n"
+    )
+    with pytest.raises(SystemExit, match="results elsewhere: begin"):
+        bench.write_docs("new", "elsewhere")
 
 
 def test_runs_add_up_in_one_results_file():
@@ -125,6 +138,6 @@ def test_a_process_that_was_killed_is_closed_quietly(small, tmp_path):
 
 def test_limits_are_plausible():
     limits = roofline.measure(1, seconds=0.02, repeats=1)
-    assert all(1e8 < limits.operations[kind] < 1e13 for kind in roofline.KINDS)
+    assert all(1e8 < limits.operations[kind] < 1e14 for kind in roofline.KINDS)
     assert 1e8 < limits.read_bytes < 1e12
     assert limits.seconds("float32", limits.operations["float32"] * 2, 0) == pytest.approx(2)

@@ -74,7 +74,7 @@ CpuFeatures resolve(const std::string& level) {
   if (!supported(wanted, detected_cpu_features())) {
     std::string have;
     for (const auto& name : available_cpu_levels()) have += (have.empty() ? "" : ", ") + name;
-    throw std::invalid_argument("REALM_FAST_CPU: this CPU does not support '" + level + "'; it supports " +
+    throw std::invalid_argument("REALM_FAST_CPU: this machine does not support '" + level + "'; it supports " +
                                 have);
   }
   return wanted;

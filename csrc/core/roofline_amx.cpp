@@ -1,5 +1,5 @@
-#include "core/intrinsics_avx512.h"
 #include "core/roofline.h"
+#include "core/tiles_amx.h"
 
 namespace realm_fast::roofline {
 namespace {
@@ -8,13 +8,9 @@ constexpr int kChains = 6;
 
 // Six tiles of sums, one of each operand: all zero, for which a product takes as long as for others.
 void shape_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  asm volatile("" : : "r"(&config) : "memory");  // GCC 12 tells its optimiser of 8 bytes that this reads
-  _tile_loadconfig(&config);
+  TileShapes shapes;
+  for (int tile = 0; tile < 8; ++tile) shapes.set(tile, 16, 64);
+  shapes.use();
 }
 
 float result_of_tile_0() {

@@ -15,6 +15,7 @@ LinearGoldLevel choose_level(Compute compute) {
   if (compute == Compute::kFloat64) return linear_gold_level<ComputeF64>();
 #ifdef REALM_FAST_X86
   const CpuFeatures cpu = cpu_features();
+  if (compute == Compute::kBFloat16 && cpu.amx) return linear_gold_amx();
   if (compute == Compute::kBFloat16 && cpu.avx512bf16) return linear_gold_avx512bf16();
   if (cpu.avx512) return linear_gold_avx512();
   if (cpu.avx2) return linear_gold_avx2();

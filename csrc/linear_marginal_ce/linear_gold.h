@@ -72,8 +72,8 @@ struct LinearGoldLayout {
   int64_t packed_hidden;                           // [panel][unit of H][row]: what logits multiply
   int64_t row_hidden;                              // [column panel][unit of rows][column]: for d weight
   int64_t weight_rows;                             // [column panel][unit of chunk][column]: for d hidden
-  int64_t dlogits;                                 // [panel][v in chunk][row]
-  int64_t dlogits_pairs;                           // [panel][pair of v][row], bfloat16 only
+  int64_t dlogits;                                 // [panel][v in chunk][row]; AMX: [v in chunk][row of all]
+  int64_t dlogits_pairs;                           // [panel][pair of v][row], bfloat16 only; AMX: [row][pair]
   int64_t d_hidden;                                // [padded_rows, padded_width], accumulation type
   int64_t label, row_max, row_logsum, grad;        // padded copies, one entry a row
   int64_t has_label;                               // a byte for every group of kVocabGroup vocabulary entries
@@ -103,6 +103,7 @@ struct LinearGoldLevel {
 LinearGoldLevel linear_gold_avx2();
 LinearGoldLevel linear_gold_avx512();
 LinearGoldLevel linear_gold_avx512bf16();
+LinearGoldLevel linear_gold_amx();
 
 // Rows in a panel at the current level: kept logits are of use to a level with the same.
 int64_t linear_gold_panel_rows(Compute compute);

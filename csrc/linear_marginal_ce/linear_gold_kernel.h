@@ -3,10 +3,14 @@
 // One product runs through all three multiplications: a tile of kRows x (vectors * lanes) accumulators in
 // registers; a step loads the vectors of one packed row of the right operand and broadcasts one unit from
 // each of kRows rows of the left one, which needs no packing since units lie side by side along the summed
-// dimension.
+// dimension. With AMX the same tile is made of tile registers, 16 units a step, and the left operand must lie
+// in rows everywhere: the layouts of d logits differ (linear_gold.h).
 #pragma once
 
 #include "core/simd.h"
+#if defined(__AMX_BF16__)
+#include "core/tiles_amx.h"
+#endif
 #include "linear_marginal_ce/linear_gold.h"
 
 namespace realm_fast {
@@ -66,6 +70,18 @@ struct ComputeBF16 {
     return (V::vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
   }
 };
+#endif
+
+#if defined(__AMX_BF16__)
+// The same with AMX.
+struct ComputeTiles : ComputeBF16 {};
+#endif
+
+template <class C>
+constexpr bool kInTiles = false;
+#if defined(__AMX_BF16__)
+template <>
+constexpr bool kInTiles<ComputeTiles> = true;
 #endif
 
 template <class T>
@@ -134,11 +150,85 @@ struct Tile {
   typename C::V::vec v[C::rows][NV];
 };
 
-// tile += left [rows x k] * right [k x NV vectors]. left: rows `row` units apart, steps `step` units apart.
-// right: packed, NV vectors a step.
+// Tile registers 0 to 2: sums; 3: rows of the left operand; 4 to 6: the right operand.
+template <class C>
+REALM_FAST_INLINE void begin_task() {
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<C>) {
+    TileShapes shapes;
+    for (int sums = 0; sums < 3; ++sums) shapes.set(sums, C::rows, 64);
+    shapes.set(3, C::rows, 64);
+    for (int right = 4; right < 7; ++right) shapes.set(right, 16, 64);
+    shapes.use();
+  }
+#endif
+}
+
+template <class C>
+REALM_FAST_INLINE void end_task() {
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<C>) _tile_release();
+#endif
+}
+
+#if defined(__AMX_BF16__)
+// Tiles 0 .. NV - 1 += 16 steps. left: rows `row` units apart.
+template <int NV>
+REALM_FAST_INLINE void add_tile_product(const uint32_t* left, int64_t row, const uint32_t* right) {
+  _tile_loadd(3, left, row * 4);
+  _tile_loadd(4, right, NV * 64);
+  _tile_dpbf16ps(0, 3, 4);
+  if constexpr (NV > 1) {
+    _tile_loadd(5, right + 16, NV * 64);
+    _tile_dpbf16ps(1, 3, 5);
+  }
+  if constexpr (NV > 2) {
+    _tile_loadd(6, right + 32, NV * 64);
+    _tile_dpbf16ps(2, 3, 6);
+  }
+}
+
+template <class C, int NV>
+REALM_FAST_INLINE void multiply_tiles(Tile<C, NV>& tile, const uint32_t* left, int64_t row,
+                                      const uint32_t* right, int64_t k) {
+  constexpr int64_t kSteps = 16, kWidth = NV * 16;
+  asm volatile("" : : : "memory");  // GCC 12 does not know that loads of tiles read what was stored before
+  _tile_zero(0);
+  if constexpr (NV > 1) _tile_zero(1);
+  if constexpr (NV > 2) _tile_zero(2);
+  int64_t i = 0;
+  for (; i + kSteps <= k; i += kSteps) add_tile_product<NV>(left + i, row, right + i * kWidth);
+  if (i < k) {  // behind the last step lies something else: zeros take its place
+    const size_t rest = static_cast<size_t>(k - i);
+    alignas(64) uint32_t last_left[C::rows * kSteps] = {}, last_right[kSteps * kWidth] = {};
+    for (int r = 0; r < C::rows; ++r) memcpy(last_left + r * kSteps, left + r * row + i, rest * 4);
+    memcpy(last_right, right + i * kWidth, rest * kWidth * 4);
+    asm volatile("" : : "r"(last_left), "r"(last_right) : "memory");
+    add_tile_product<NV>(last_left, kSteps, last_right);
+  }
+  alignas(64) float sums[C::rows * kWidth];
+  _tile_stored(0, sums, kWidth * 4);
+  if constexpr (NV > 1) _tile_stored(1, sums + 16, kWidth * 4);
+  if constexpr (NV > 2) _tile_stored(2, sums + 32, kWidth * 4);
+  REALM_FAST_UNROLL
+  for (int r = 0; r < C::rows; ++r) {
+    REALM_FAST_UNROLL
+    for (int j = 0; j < NV; ++j) tile.v[r][j] += C::V::load(sums + r * kWidth + j * 16);
+  }
+}
+#endif
+
+// tile += left [rows x k] * right [k x NV vectors]. left: rows `row` units apart, steps `step` units apart
+// (with AMX: 1). right: packed, NV vectors a step.
 template <class C, int NV>
 REALM_FAST_INLINE void multiply(Tile<C, NV>& tile, const typename C::unit* left, int64_t row, int64_t step,
                                 const typename C::unit* right, int64_t k) {
+#if defined(__AMX_BF16__)
+  if constexpr (kInTiles<C>) {
+    multiply_tiles<C, NV>(tile, left, row, right, k);
+    return;
+  }
+#endif
   constexpr int lanes = C::V::lanes;
   const typename C::unit* left3 = left + 3 * row;  // three pointers reach eight rows with scaled addressing
   const typename C::unit* left6 = left + 6 * row;
@@ -402,6 +492,7 @@ void forward_slice(const LinearGoldPlan& plan, int64_t slice, int worker) {
   }
   auto* scratch = part<typename C::elem>(plan, plan.at.scratch + worker * plan.at.scratch_bytes);
   const int64_t end = smaller((slice + 1) * kSliceVocab, plan.args.vocab);
+  begin_task<C>();
   // Weight rows of a block stay in the second-level cache while every panel of hidden passes over them.
   constexpr int64_t kGroups = 12;
   for (int64_t v0 = slice * kSliceVocab; v0 < end; v0 += kGroups * C::rows) {
@@ -429,6 +520,7 @@ void forward_slice(const LinearGoldPlan& plan, int64_t slice, int worker) {
       }
     }
   }
+  end_task<C>();
 }
 
 // The slices' sums become one; lse = max + log(sum).
@@ -461,6 +553,25 @@ void forward_merge(const LinearGoldPlan& plan, int64_t panel) {
 
 // ---- backward ----
 
+#if defined(__AVX512BF16__)
+// Column i of four vectors to out + i * row.
+REALM_FAST_INLINE void store_transposed(uint32_t* out, int64_t row, const __m512i (&v)[4]) {
+  const __m512i low01 = _mm512_unpacklo_epi32(v[0], v[1]), high01 = _mm512_unpackhi_epi32(v[0], v[1]);
+  const __m512i low23 = _mm512_unpacklo_epi32(v[2], v[3]), high23 = _mm512_unpackhi_epi32(v[2], v[3]);
+  // columns[i] holds columns i, 4 + i, 8 + i, 12 + i.
+  const __m512i columns[4] = {_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
+                              _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
+  REALM_FAST_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m128i parts[4] = {
+        _mm512_extracti32x4_epi32(columns[i], 0), _mm512_extracti32x4_epi32(columns[i], 1),
+        _mm512_extracti32x4_epi32(columns[i], 2), _mm512_extracti32x4_epi32(columns[i], 3)};
+    REALM_FAST_UNROLL
+    for (int p = 0; p < 4; ++p) memcpy(out + (4 * p + i) * row, &parts[p], 16);
+  }
+}
+#endif
+
 // Stores a tile of d logits as the left operand of both products.
 template <class C, int NV>
 REALM_FAST_INLINE void store_dlogits(const LinearGoldPlan& plan, const Tile<C, NV>& tile, int64_t panel,
@@ -477,19 +588,29 @@ REALM_FAST_INLINE void store_dlogits(const LinearGoldPlan& plan, const Tile<C, N
     }
   } else {
 #if defined(__AVX512BF16__)
-    uint16_t* out = part<uint16_t>(plan, plan.at.dlogits) + base + chunk_v * width;
-    uint32_t* pairs = part<uint32_t>(plan, plan.at.dlogits_pairs) + base / 2 + chunk_v / 2 * width;
+    const int64_t row = kInTiles<C> ? plan.at.padded_rows : width;
+    uint16_t* out = part<uint16_t>(plan, plan.at.dlogits) +
+                    (kInTiles<C> ? chunk_v * row + panel * kPanel<C> : base + chunk_v * row);
+    uint32_t* pairs = part<uint32_t>(plan, plan.at.dlogits_pairs) +
+                      (kInTiles<C> ? (panel * kPanel<C> * plan.args.chunk_vocab + chunk_v) / 2
+                                   : base / 2 + chunk_v / 2 * width);
     REALM_FAST_UNROLL
-    for (int r = 0; r < C::rows; r += 2) {
+    for (int j = 0; j < NV; ++j) {
+      __m512i both[C::rows / 2];
       REALM_FAST_UNROLL
-      for (int j = 0; j < NV; ++j) {
+      for (int r = 0; r < C::rows; r += 2) {
         const __m256i even = (__m256i)_mm512_cvtneps_pbh((__m512)tile.v[r][j]);
         const __m256i odd = (__m256i)_mm512_cvtneps_pbh((__m512)tile.v[r + 1][j]);
-        memcpy(out + r * width + j * V::lanes, &even, 32);
-        memcpy(out + (r + 1) * width + j * V::lanes, &odd, 32);
-        const __m512i both =
+        memcpy(out + r * row + j * V::lanes, &even, 32);
+        memcpy(out + (r + 1) * row + j * V::lanes, &odd, 32);
+        both[r / 2] =
             _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-        memcpy(pairs + r / 2 * width + j * V::lanes, &both, 64);
+      }
+      if constexpr (kInTiles<C>) {
+        store_transposed(pairs + j * V::lanes * (plan.args.chunk_vocab / 2), plan.args.chunk_vocab / 2, both);
+      } else {
+        REALM_FAST_UNROLL
+        for (int p = 0; p < C::rows / 2; ++p) memcpy(pairs + p * width + j * V::lanes, &both[p], 64);
       }
     }
 #endif
@@ -553,10 +674,15 @@ REALM_FAST_APART void d_weight_tile(const LinearGoldPlan& plan, int64_t v, int64
   const auto* right =
       part<typename C::unit>(plan, plan.at.row_hidden) + column * (plan.at.padded_rows / C::pair);
   const auto* dlogits = part<typename C::unit>(plan, plan.at.dlogits);
-  for (int64_t panel = 0; panel < plan.at.num_panels; ++panel) {
-    const int64_t width = panel_width<C>(plan.at.padded_rows, panel) / C::pair;
-    const auto* left = dlogits + panel * kPanel<C> / C::pair * a.chunk_vocab + chunk_v * width;
-    multiply<C, NV>(tile, left, width, 1, right + panel * (kPanel<C> / C::pair) * NV * lanes, width);
+  if constexpr (kInTiles<C>) {
+    const int64_t units = plan.at.padded_rows / C::pair;
+    multiply<C, NV>(tile, dlogits + chunk_v * units, units, 1, right, units);
+  } else {
+    for (int64_t panel = 0; panel < plan.at.num_panels; ++panel) {
+      const int64_t width = panel_width<C>(plan.at.padded_rows, panel) / C::pair;
+      const auto* left = dlogits + panel * kPanel<C> / C::pair * a.chunk_vocab + chunk_v * width;
+      multiply<C, NV>(tile, left, width, 1, right + panel * (kPanel<C> / C::pair) * NV * lanes, width);
+    }
   }
   const int64_t columns = smaller(NV * lanes, a.width - column);
   REALM_FAST_UNROLL
@@ -590,6 +716,7 @@ void backward_vocab(const LinearGoldPlan& plan, int64_t chunk, int64_t begin, in
   const LinearGold& a = plan.args;
   E* scratch = part<E>(plan, plan.at.scratch + worker * plan.at.scratch_bytes);
   const int64_t group_units = C::rows * plan.at.units * C::pair;
+  begin_task<C>();
   // Groups of rows small enough for their weights to stay in the second-level cache.
   constexpr int64_t kGroups = 12;
   for (int64_t v0 = begin; v0 < end; v0 += kGroups * C::rows) {
@@ -658,6 +785,7 @@ void backward_vocab(const LinearGoldPlan& plan, int64_t chunk, int64_t begin, in
       }
     }
   }
+  end_task<C>();
 }
 
 // d hidden of the rows of one panel and the columns of one column panel += the chunk's share.
@@ -671,6 +799,8 @@ void d_hidden_tiles(const LinearGoldPlan& plan, int64_t chunk, int64_t panel, in
   const auto* right = part<typename C::unit>(plan, plan.at.weight_rows) + column * (a.chunk_vocab / C::pair);
   const auto* left = part<typename C::unit>(plan, C::pair == 1 ? plan.at.dlogits : plan.at.dlogits_pairs) +
                      first * (a.chunk_vocab / C::pair);
+  // Units from one row, and from one step, to the next.
+  const int64_t row = kInTiles<C> ? a.chunk_vocab / C::pair : 1, step = kInTiles<C> ? 1 : width;
   auto* out = part<typename C::acc>(plan, plan.at.d_hidden) + first * plan.at.padded_width + column;
   // A fresh sum every kBlock steps: one running sum over the vocabulary would lose the many small terms,
   // which are of one softmax, beside the few large ones.
@@ -679,7 +809,7 @@ void d_hidden_tiles(const LinearGoldPlan& plan, int64_t chunk, int64_t panel, in
     for (int64_t r0 = 0; r0 < width; r0 += C::rows) {
       Tile<C, NV> tile;
       clear(tile);
-      multiply<C, NV>(tile, left + k * width + r0, 1, width, right + k * NV * V::lanes,
+      multiply<C, NV>(tile, left + k * step + r0 * row, row, step, right + k * NV * V::lanes,
                       smaller(kBlock, in_chunk - k));
       REALM_FAST_UNROLL
       for (int r = 0; r < C::rows; ++r) {
@@ -697,6 +827,7 @@ template <class C>
 void backward_hidden(const LinearGoldPlan& plan, int64_t chunk, int64_t panel, int64_t column_panel) {
   const int64_t column = column_panel * kPanel<C>;
   const int64_t vectors = smaller(kPanel<C>, plan.at.padded_width - column) / C::V::lanes;
+  begin_task<C>();
   if (vectors == 3) {
     d_hidden_tiles<C, 3>(plan, chunk, panel, column);
   } else if (vectors == 2) {
@@ -704,6 +835,7 @@ void backward_hidden(const LinearGoldPlan& plan, int64_t chunk, int64_t panel, i
   } else {
     d_hidden_tiles<C, 1>(plan, chunk, panel, column);
   }
+  end_task<C>();
 }
 
 template <class C>

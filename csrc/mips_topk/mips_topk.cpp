@@ -638,7 +638,8 @@ std::vector<Stage> make_stages(const Pass& pass) {
   const int64_t groups = pass.packed.num_groups;
   const int64_t parts =
       threads == 1 ? 1 : std::clamp<int64_t>(threads * 4 / std::max<int64_t>(chunks, 1), 1, (groups + 3) / 4);
-  const int64_t part_groups = ((groups + parts - 1) / parts + 1) / 2 * 2;  // whole tiles of queries
+  int64_t part_groups = (groups + parts - 1) / parts;
+  if (pass.kernels.query_tiles[static_cast<int>(pass.dtype)]) part_groups = (part_groups + 1) / 2 * 2;
   // Samples: the first panel of every eighth run, then that of the other runs. Whole runs would not do: where
   // similar rows stand together, they would be sampled together.
   const bool sample = pass.search.guess && parts == 1 && chunk >= 4 && chunks >= 64;

@@ -9,6 +9,7 @@
 //     5         queries, the last steps   6      a third of a panel, the last steps
 // The tiles of the last steps are smaller: behind a panel's last step lies the next panel, and zeros in the
 // query do not make up for its NaNs.
+#include "core/tiles_amx.h"
 #include "mips_topk/scan_avx512.inl"
 
 namespace realm_fast::mips {
@@ -18,28 +19,17 @@ constexpr int64_t kTileBytes = kTileQueries * kTileSteps * kStepBytes;
 constexpr int64_t kTileRowBytes = kTileSteps * kStepBytes;
 constexpr int64_t kPanelStepBytes = kPanelRows * kStepBytes;
 
-// Gives the tile registers their shapes. What throws from `accept` leaves them as they are, which harms
-// nobody: the next run gives its own.
 void shape_tiles(int queries, int last_steps) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  const auto shape = [&config](int tile, int rows, int64_t row_bytes) {
-    config.rows[tile] = static_cast<uint8_t>(rows);
-    config.row_bytes[tile] = static_cast<uint16_t>(row_bytes);
-  };
-  for (int sums = 0; sums < kVectors; ++sums) shape(sums, queries, 64);
-  shape(3, queries, kTileRowBytes);
-  shape(4, kTileSteps, 64);
-  shape(7, kTileSteps, 64);
+  TileShapes shapes;
+  for (int sums = 0; sums < kVectors; ++sums) shapes.set(sums, queries, 64);
+  shapes.set(3, queries, kTileRowBytes);
+  shapes.set(4, kTileSteps, 64);
+  shapes.set(7, kTileSteps, 64);
   if (last_steps > 0) {
-    shape(5, queries, int64_t{last_steps} * kStepBytes);
-    shape(6, last_steps, 64);
+    shapes.set(5, queries, int64_t{last_steps} * kStepBytes);
+    shapes.set(6, last_steps, 64);
   }
-  asm volatile("" : : "r"(&config) : "memory");  // GCC 12 tells its optimiser of 8 bytes that this reads
-  _tile_loadconfig(&config);
+  shapes.use();
 }
 
 // Tile numbers are part of an instruction: what takes them is a macro.

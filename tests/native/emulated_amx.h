@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define __AMX_BF16__ 1  // the sources take their AMX branches
+
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero
@@ -42,11 +44,15 @@ inline void load_config(const void* config) {
   uint8_t bytes[64];
   std::memcpy(bytes, config, 64);
   require(bytes[0] == 1);
+  for (int i = 1; i < 16; ++i) require(bytes[i] == 0);
+  for (int i = 32; i < 48; ++i) require(bytes[i] == 0);
+  for (int i = 56; i < 64; ++i) require(bytes[i] == 0);
   state = State{true, {}};
   for (int t = 0; t < 8; ++t) {
     state.tiles[t].row_bytes = bytes[16 + 2 * t] + 256 * bytes[17 + 2 * t];
     state.tiles[t].rows = bytes[48 + t];
     require(state.tiles[t].rows <= 16 && state.tiles[t].row_bytes <= 64);
+    require((state.tiles[t].rows == 0) == (state.tiles[t].row_bytes == 0));
   }
 }
 
@@ -87,7 +93,8 @@ template <class Sum, class Element>
 void add_product(int sums, int left, int right, Element element) {
   Tile& to = state[sums];
   const Tile &a = state[left], &b = state[right];
-  require(to.rows == a.rows && to.row_bytes == b.row_bytes && a.row_bytes == 4 * b.rows);
+  require(sums != left && sums != right && left != right);
+  require(to.rows == a.rows && to.row_bytes % 4 == 0 && to.row_bytes == b.row_bytes && a.row_bytes == 4 * b.rows);
   for (int m = 0; m < a.rows; ++m) {
     for (int n = 0; n < b.row_bytes / 4; ++n) {
       const Sum sum = element(at<Sum>(to, m, n), a, b, m, n);

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the native tests under address+undefined and under thread sanitizers, and runs them; then once more
-# with the AVX-512 levels emulated (emulated_avx512.h), so that they run on any AVX2 CPU.
+# with the AVX-512 and AMX levels emulated (emulated_avx512.h, emulated_amx.h) under the address sanitizer, so that
+# they run on any AVX2 CPU, and so that somebody watches the loads of tiles, which no sanitizer sees as instructions.
 #   tests/native/run_sanitizers.sh [builds...]      e.g. thread; default: address,undefined thread emulated
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -17,7 +18,7 @@ for build_name in "$@"; do
       echo "== native tests, AVX-512 emulated: skipped, no simde/x86/avx512.h (Debian: libsimde-dev)"
       continue
     fi
-    options=(-DSANITIZE= -DREALM_FAST_EMULATED_AVX512=ON)
+    options=(-DSANITIZE=address -DREALM_FAST_EMULATED_AVX512=ON)
   fi
   echo "== native tests, $build_name"
   cmake -S "$root" -B "$build/$build_name" "${generator[@]}" -DCMAKE_BUILD_TYPE=RelWithDebInfo \

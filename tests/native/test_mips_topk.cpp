@@ -165,6 +165,10 @@ TEST(mips_topk_every_level_and_shape) {
     check_case(1, 3, 4, 2, 1, 4);
     check_case(700, 33, 3, 40, 3, 5);
     check_case(300, 18, 17, 1, 0, 6);
+    // Tasks that begin in the middle of the queries; whole tiles of steps, with and without a rest.
+    check_case(60, 64, 41, 5, 0, 11);
+    check_case(100, 130, 70, 5, 1, 12);
+    check_case(60, 128, 33, 4, 0, 13);
     check_case(0, 7, 2, 3, 0, 7);
     check_case(60, 8, 0, 3, 0, 9);
     check_case(60, 8, 3, 0, 0, 10);
