@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kTileBytes = kTileQueries * kTileSteps * kStepBytes;
 constexpr int64_t kTileRowBytes = kTileSteps * kStepBytes;
 constexpr int64_t kPanelStepBytes = kPanelRows * kStepBytes;
+constexpr int64_t kAhead = 8192;  // what one tile of queries fetches ahead; several fetch the next panel
 
 void shape_tiles(int queries, int last_steps) {
   TileShapes shapes;
@@ -60,6 +61,11 @@ struct Int8Op {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(run.row_scale + row));
   }
 };
+
+[[gnu::always_inline]] inline void prefetch_lines(const char* from, int count) {
+#pragma GCC unroll 16
+  for (int line = 0; line < count; ++line) _mm_prefetch(from + 64 * line, _MM_HINT_T0);
+}
 
 // Hands over what passes its threshold, of `width` queries' sums with the 48 rows of a panel.
 template <class Op>
@@ -114,11 +120,15 @@ template <class Op>
       _tile_zero(1);
       _tile_zero(2);
       for (int64_t s = 0; s < whole; ++s) {
+        const char* fetched = rows + kAhead;
         _tile_loadd(3, queries, kTileRowBytes);
+        if (query_tiles == 1) prefetch_lines(fetched, 16);
         _tile_loadd(4, rows, kPanelStepBytes);
         REALM_FAST_ADD_PRODUCT(0, 3, 4);
+        if (query_tiles == 1) prefetch_lines(fetched + 1024, 16);
         _tile_loadd(7, rows + 64, kPanelStepBytes);
         REALM_FAST_ADD_PRODUCT(1, 3, 7);
+        if (query_tiles == 1) prefetch_lines(fetched + 2048, 16);
         _tile_loadd(4, rows + 128, kPanelStepBytes);
         REALM_FAST_ADD_PRODUCT(2, 3, 4);
         queries += kTileBytes;

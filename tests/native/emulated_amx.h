@@ -94,7 +94,8 @@ void add_product(int sums, int left, int right, Element element) {
   Tile& to = state[sums];
   const Tile &a = state[left], &b = state[right];
   require(sums != left && sums != right && left != right);
-  require(to.rows == a.rows && to.row_bytes % 4 == 0 && to.row_bytes == b.row_bytes && a.row_bytes == 4 * b.rows);
+  require(to.rows == a.rows && to.row_bytes % 4 == 0 && to.row_bytes == b.row_bytes &&
+          a.row_bytes == 4 * b.rows);
   for (int m = 0; m < a.rows; ++m) {
     for (int n = 0; n < b.row_bytes / 4; ++n) {
       const Sum sum = element(at<Sum>(to, m, n), a, b, m, n);
