@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = tuple(name for name, method in METHODS.items() if method.ours)
 MAX_QUERIES = 512
-_SETTLE_SECONDS = 0.04  # OpenBLAS and OpenMP threads spin for a while after a call
+_SETTLE_SECONDS = 0.3  # OpenBLAS and OpenMP threads spin for up to 0.2 s after a call, in the way of the next
 SUITES = ("headline", "k", "width", "growth", "real")
 
 
