@@ -553,7 +553,7 @@ void forward_merge(const LinearGoldPlan& plan, int64_t panel) {
 
 // ---- backward ----
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
 // Column i of four vectors to out + i * row.
 REALM_FAST_INLINE void store_transposed(uint32_t* out, int64_t row, const __m512i (&v)[4]) {
   const __m512i low01 = _mm512_unpacklo_epi32(v[0], v[1]), high01 = _mm512_unpackhi_epi32(v[0], v[1]);
@@ -568,6 +568,29 @@ REALM_FAST_INLINE void store_transposed(uint32_t* out, int64_t row, const __m512
         _mm512_extracti32x4_epi32(columns[i], 2), _mm512_extracti32x4_epi32(columns[i], 3)};
     REALM_FAST_UNROLL
     for (int p = 0; p < 4; ++p) memcpy(out + (4 * p + i) * row, &parts[p], 16);
+  }
+}
+
+// A tile of d logits, rounded, word by word for d weight and row by row for d hidden.
+template <class C, int NV>
+REALM_FAST_INLINE void store_rows_and_columns(const LinearGoldPlan& plan, const Tile<C, NV>& tile,
+                                              int64_t panel, int64_t chunk_v) {
+  const int64_t first = panel * kPanel<C>, row = plan.at.padded_rows, row_pairs = plan.args.chunk_vocab / 2;
+  uint16_t* out = part<uint16_t>(plan, plan.at.dlogits) + chunk_v * row + first;
+  uint32_t* pairs = part<uint32_t>(plan, plan.at.dlogits_pairs) + first * row_pairs + chunk_v / 2;
+  REALM_FAST_UNROLL
+  for (int j = 0; j < NV; ++j) {
+    __m512i both[C::rows / 2];
+    REALM_FAST_UNROLL
+    for (int r = 0; r < C::rows; r += 2) {
+      const __m256i even = (__m256i)_mm512_cvtneps_pbh((__m512)tile.v[r][j]);
+      const __m256i odd = (__m256i)_mm512_cvtneps_pbh((__m512)tile.v[r + 1][j]);
+      memcpy(out + r * row + j * 16, &even, 32);
+      memcpy(out + (r + 1) * row + j * 16, &odd, 32);
+      both[r / 2] =
+          _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+    }
+    store_transposed(pairs + j * 16 * row_pairs, row_pairs, both);
   }
 }
 #endif
@@ -587,30 +610,26 @@ REALM_FAST_INLINE void store_dlogits(const LinearGoldPlan& plan, const Tile<C, N
       for (int j = 0; j < NV; ++j) V::store(out + r * width + j * V::lanes, tile.v[r][j]);
     }
   } else {
+#if defined(__AMX_BF16__)
+    if constexpr (kInTiles<C>) {
+      store_rows_and_columns<C, NV>(plan, tile, panel, chunk_v);
+      return;
+    }
+#endif
 #if defined(__AVX512BF16__)
-    const int64_t row = kInTiles<C> ? plan.at.padded_rows : width;
-    uint16_t* out = part<uint16_t>(plan, plan.at.dlogits) +
-                    (kInTiles<C> ? chunk_v * row + panel * kPanel<C> : base + chunk_v * row);
-    uint32_t* pairs = part<uint32_t>(plan, plan.at.dlogits_pairs) +
-                      (kInTiles<C> ? (panel * kPanel<C> * plan.args.chunk_vocab + chunk_v) / 2
-                                   : base / 2 + chunk_v / 2 * width);
+    uint16_t* out = part<uint16_t>(plan, plan.at.dlogits) + base + chunk_v * width;
+    uint32_t* pairs = part<uint32_t>(plan, plan.at.dlogits_pairs) + base / 2 + chunk_v / 2 * width;
     REALM_FAST_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      __m512i both[C::rows / 2];
+    for (int r = 0; r < C::rows; r += 2) {
       REALM_FAST_UNROLL
-      for (int r = 0; r < C::rows; r += 2) {
+      for (int j = 0; j < NV; ++j) {
         const __m256i even = (__m256i)_mm512_cvtneps_pbh((__m512)tile.v[r][j]);
         const __m256i odd = (__m256i)_mm512_cvtneps_pbh((__m512)tile.v[r + 1][j]);
-        memcpy(out + r * row + j * V::lanes, &even, 32);
-        memcpy(out + (r + 1) * row + j * V::lanes, &odd, 32);
-        both[r / 2] =
+        memcpy(out + r * width + j * V::lanes, &even, 32);
+        memcpy(out + (r + 1) * width + j * V::lanes, &odd, 32);
+        const __m512i both =
             _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-      }
-      if constexpr (kInTiles<C>) {
-        store_transposed(pairs + j * V::lanes * (plan.args.chunk_vocab / 2), plan.args.chunk_vocab / 2, both);
-      } else {
-        REALM_FAST_UNROLL
-        for (int p = 0; p < C::rows / 2; ++p) memcpy(pairs + p * width + j * V::lanes, &both[p], 64);
+        memcpy(pairs + r / 2 * width + j * V::lanes, &both, 64);
       }
     }
 #endif
