@@ -74,8 +74,8 @@ CpuFeatures resolve(const std::string& level) {
   if (!supported(wanted, detected_cpu_features())) {
     std::string have;
     for (const auto& name : available_cpu_levels()) have += (have.empty() ? "" : ", ") + name;
-    throw std::invalid_argument("REALM_FAST_CPU: this machine does not support '" + level + "'; it supports " +
-                                have);
+    throw std::invalid_argument("REALM_FAST_CPU: this machine does not support '" + level +
+                                "'; it supports " + have);
   }
   return wanted;
 }
